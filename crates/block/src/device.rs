@@ -1,0 +1,132 @@
+//! The [`BlockDevice`] trait and the types of its requests.
+
+use crate::{Error, ErrorKind, Io, Result};
+
+/// Size and block sizes of a device, in bytes. Fixed while the device is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Length of the device in bytes.
+    pub size: u64,
+    /// Offsets and lengths must be multiples of this power of two; 1 where any will do.
+    pub minimum_block: u32,
+    /// Requests of this power of two, so aligned, cause no read-modify-write below.
+    pub preferred_block: u32,
+    /// The longest data request that the device takes in one piece.
+    pub maximum_block: u32,
+}
+
+/// What a device can do beyond reading. A request that needs a capability the device lacks fails with
+/// [`ErrorKind::NotSupported`] (or [`ErrorKind::ReadOnly`]); these flags only say so in advance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// Takes writes, write-zeroes and trims.
+    pub write: bool,
+    /// `trim` does something.
+    pub trim: bool,
+    /// `write_zeroes` works without sending zero bytes.
+    pub zero: bool,
+    /// `write_zeroes` with `fast_only` is answered truly.
+    pub fast_zero: bool,
+    /// `extents` knows more than "all data".
+    pub extents: bool,
+    /// Data written through one handle is seen, and flushed, through every other.
+    pub multi_connection: bool,
+}
+
+/// How a write is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// The data is on stable storage before the request is done (force unit access).
+    pub fua: bool,
+}
+
+/// How zeroes are to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ZeroFlags {
+    /// The zeroes are on stable storage before the request is done.
+    pub fua: bool,
+    /// The range must stay allocated: do not punch a hole.
+    pub no_hole: bool,
+    /// Fail at once with [`ErrorKind::NotSupported`] where this would not be faster than writing zero bytes.
+    pub fast_only: bool,
+}
+
+/// What lies in a run of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ExtentKind {
+    /// Allocated; may be any bytes.
+    Data,
+    /// Allocated; reads as zeroes.
+    Zero,
+    /// Not allocated; reads as zeroes.
+    Hole,
+}
+
+/// A run of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes; never 0.
+    pub length: u64,
+    /// What lies there.
+    pub kind: ExtentKind,
+}
+
+/// Anything that stores bytes by offset. Object safe; shared by reference between any number of threads.
+///
+/// Rules that every device and layer keeps (the conformance suite checks them):
+/// - A request outside `0..size`, or one that breaks `minimum_block`, fails whole and changes nothing.
+/// - A read fills the whole buffer or fails; after an error the buffer's content is unspecified.
+/// - Requests of length 0 succeed.
+/// - After a successful `flush`, or a request with `fua`, the data survives power loss.
+/// - Futures are lazy and cancel-safe, as the crate documentation says.
+pub trait BlockDevice: Send + Sync {
+    /// Size and block sizes.
+    fn geometry(&self) -> Geometry;
+
+    /// What the device can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Fills `buffer` from `offset`.
+    fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()>;
+
+    /// Writes all of `data` at `offset`.
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], flags: WriteFlags) -> Io<'a, ()>;
+
+    /// Makes `length` bytes at `offset` read as zeroes.
+    fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Io<'_, ()>;
+
+    /// Says that `length` bytes at `offset` are no longer needed. What they read as afterwards is unspecified, but
+    /// it is either the old bytes or zeroes.
+    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()>;
+
+    /// Makes everything that was written before survive power loss.
+    fn flush(&self) -> Io<'_, ()>;
+
+    /// The kinds of the bytes from `offset`: at least one extent, the first beginning at `offset`, each adjacent to
+    /// the one before, none reaching beyond `offset + length`, and at most `limit` of them (so they may end early).
+    /// `length` and `limit` are at least 1.
+    fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>>;
+}
+
+/// Checks that `offset..offset + length` lies inside the device and keeps `minimum_block`.
+///
+/// # Errors
+/// [`ErrorKind::OutOfBounds`] or [`ErrorKind::Invalid`], naming `operation` and the range.
+pub fn check_range(geometry: &Geometry, operation: &str, offset: u64, length: u64) -> Result<()> {
+    let describe = || format!("{operation} of {length} bytes at {offset}");
+    match offset.checked_add(length) {
+        Some(end) if end <= geometry.size => {}
+        _ => {
+            let context = format!("{}: the device ends at {}", describe(), geometry.size);
+            return Err(Error::new(ErrorKind::OutOfBounds, context));
+        }
+    }
+    let mask = u64::from(geometry.minimum_block) - 1;
+    if (offset | length) & mask != 0 {
+        let context = format!("{}: not a multiple of {} bytes", describe(), geometry.minimum_block);
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
+}

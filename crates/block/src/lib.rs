@@ -1,0 +1,27 @@
+//! The one abstraction of loam: a [`BlockDevice`] is anything that can be read (and perhaps written) by byte
+//! offset: a file, memory, a pattern, an export on the network, the virtual device of a pool.
+//!
+//! # How a local hit is answered without allocation, and how a miss suspends
+//!
+//! Every operation returns an [`Io`]: either [`Io::Ready`] with the result, or [`Io::Pending`] with a boxed
+//! future. A device whose bytes are at hand (memory, a page-cached file, a cached chunk) fills the caller's buffer
+//! before it returns and answers `Ready`: no allocation, no runtime, no other thread. Only a device that must wait
+//! for a disk or a network allocates a future.
+//!
+//! A `Pending` future is *lazy and cancel-safe*: it has done nothing that matters before its first poll, and
+//! dropping it at any point leaves the device consistent and the buffer untouched from then on. So a queue thread
+//! may call [`BlockDevice::read`] with a buffer of its own, answer at once when it is `Ready`, and otherwise drop
+//! the future and issue the same request again from a task with an owned buffer. Futures are polled inside a tokio
+//! runtime with time and I/O enabled.
+//!
+//! Offsets and lengths are bytes throughout.
+
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+
+mod device;
+mod error;
+mod io;
+
+pub use device::{BlockDevice, Capabilities, Extent, ExtentKind, Geometry, WriteFlags, ZeroFlags, check_range};
+pub use error::{Error, ErrorKind, Result};
+pub use io::Io;
