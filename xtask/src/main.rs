@@ -1,1 +1,52 @@
-fn main() {}
+//! The repository's own tasks: `cargo xtask setup|test|tidy|deny|demo|bench`. Kept on the standard library and very
+//! little more, so that it builds in seconds on a machine that has nothing but Rust.
+
+mod deny;
+mod setup;
+mod shell;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+const USAGE: &str = "\
+Usage: cargo xtask TASK [OPTIONS]
+
+  setup                    install what the tests and the demo need (Debian, root)
+  test [--unit|--e2e] [--release] [FILTER...]
+                           format, lints, docs, tidy, unit tests, then the end-to-end tests (root)
+  tidy                     the rules that no compiler checks
+  deny                     licences, sources and duplicate crates, where cargo-deny is installed
+";
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let task = arguments.next().unwrap_or_default();
+    let rest: Vec<String> = arguments.collect();
+    match run(&task, &rest) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask {task}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: &str, arguments: &[String]) -> Result<ExitCode> {
+    match task {
+        "setup" => setup::run_task(arguments).map(|()| ExitCode::SUCCESS),
+        "test" => test::run(arguments),
+        "tidy" => tidy::run(arguments),
+        "deny" => deny::run_task(arguments).map(|()| ExitCode::SUCCESS),
+        "" | "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        other => {
+            eprint!("xtask: no task '{other}'\n\n{USAGE}");
+            Ok(ExitCode::from(2))
+        }
+    }
+}
