@@ -1,1 +1,20 @@
-fn main() {}
+//! The `loam` command: arguments, output and exit codes. What the commands do is in the libraries.
+
+mod arguments;
+mod commands;
+mod output;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    // A reader that has gone away (`loam ls | head`) ends the program quietly, as it does every other tool.
+    loam_sys::process::default_sigpipe();
+    let arguments = arguments::Arguments::parse();
+    match commands::dispatch(arguments) {
+        Ok(code) => code,
+        Err(error) => output::report(&error),
+    }
+}

@@ -1,1 +1,41 @@
-//! Placeholder.
+//! Pools: one directory that holds one loam filesystem, from formatting to taking it down.
+//!
+//! A pool has a *virtual image* (the seed's superblock, or its trees), a *local device* (all btrfs trees and all
+//! writes), a durable map of the address space, a chunk cache and a daemon that serves the virtual device to the
+//! kernel. `loam mount` is the same thing with one image formatted into it beforehand, so there is one code path.
+//!
+//! The daemon (`daemon`) is the only writer of map and cache; command-line tools talk to it over HTTP on a Unix
+//! socket (`client`, `protocol`). What must also work when the daemon is dead (`teardown`, offline checks) lives
+//! in library functions that both call.
+
+mod bundle;
+mod busy;
+mod catalog;
+mod check;
+mod client;
+mod config;
+mod containers;
+mod content;
+mod daemon;
+mod directory;
+mod error;
+mod format;
+mod images;
+mod kernel;
+mod launch;
+mod mounts;
+pub mod protocol;
+mod ranges;
+
+pub use bundle::{RunOptions, run_container};
+pub use busy::{Holder, holders};
+pub use check::{CheckOptions, check};
+pub use client::Client;
+pub use config::{Config, LocalDevice, Purpose, TransportChoice, UnmappedChoice};
+pub use daemon::{DaemonOptions, daemon_main};
+pub use directory::PoolDirectory;
+pub use error::{Error, Result};
+pub use format::{InitOptions, init};
+pub use launch::{UpOptions, UpOutcome, down, up};
+pub use mounts::{MountOptions, MountReport, mount_image, unmount_image};
+pub use ranges::clone_range;

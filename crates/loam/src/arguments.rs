@@ -1,0 +1,310 @@
+//! The command line, as `--help` shows it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use loam_block::size::ByteSize;
+
+/// Whole filesystems for containers and VMs, at once, before their data has arrived.
+///
+/// The shortest way is one image at one place:
+///
+///   loam mount tar:http://host/root.tar /mnt ... loam umount /mnt
+///
+/// The lasting way is a pool for many images and containers:
+///
+///   loam init; loam up; loam add debian tar:http://host/root.tar; loam run debian -- python3
+///
+/// Sources are dir:PATH, tar:PATH-or-URL, file:PATH and http(s)://...; sizes are 4096, 64KiB, 64K, 4GiB, 4EiB.
+#[derive(Debug, Parser)]
+#[command(name = "loam", version, verbatim_doc_comment, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    /// The pool's directory.
+    #[arg(long, global = true, env = "LOAM_POOL", default_value = "/var/lib/loam", value_name = "DIR")]
+    pub(crate) pool: PathBuf,
+    /// Print facts as one JSON object.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Mount one image, writable, without a pool and before its data has arrived.
+    Mount(Mount),
+    /// Unmount what `loam mount` mounted; what was written there is gone, unless --local kept it.
+    Umount {
+        /// The mount point.
+        directory: PathBuf,
+    },
+    /// Make a pool: format its filesystem. Nothing is attached or mounted yet.
+    Init(Init),
+    /// Attach and mount the pool and start its daemon. Running it twice is harmless.
+    Up(Up),
+    /// Unmount and detach the pool and stop its daemon; also mends what a crash left behind.
+    Down,
+    /// Show pool, transport, mount, cache and counters.
+    Status,
+    /// Verify seed, map, cache, and clones against the map.
+    Check {
+        /// Also read every local block and compare it with its checksum and digest.
+        #[arg(long)]
+        read_data: bool,
+    },
+    /// Make the index of a source, to be kept beside it, so that `add` and `mount` fetch nothing else first.
+    Index {
+        /// dir:PATH or tar:PATH-or-URL.
+        source: String,
+        /// Where to write it [default: the source's name + .loam].
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Make an image of a source. Its files are there in seconds; their data comes as it is read.
+    Add {
+        /// The image's name.
+        name: String,
+        /// dir:PATH or tar:PATH-or-URL. The index SOURCE.loam is used where there is one; without it the source is
+        /// read through once.
+        source: String,
+        /// The index, where it does not lie beside the source.
+        #[arg(long, value_name = "FILE|URL")]
+        index: Option<String>,
+    },
+    /// Make a container, a writable snapshot of an image, and print its path.
+    Create {
+        /// The container's name.
+        name: String,
+        /// The image.
+        image: String,
+    },
+    /// Run a program in a new container of an image, by runc or crun; exits as the program does.
+    Run(Run),
+    /// List images and containers.
+    Ls,
+    /// Show all that is known of an image or container.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Remove an image or container.
+    Rm {
+        /// Its name.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Fetch all of an image or container now, or some paths of it, and keep it.
+    Pin {
+        /// Its name.
+        name: String,
+        /// Paths in it; all of it without any.
+        paths: Vec<String>,
+    },
+    /// Give cached bytes back; they are fetched again when they are read again. Pinned ones stay.
+    Evict {
+        /// Bytes that may stay.
+        #[arg(long, value_name = "SIZE", default_value = "0")]
+        keep: ByteSize,
+    },
+    /// The address space by hand.
+    Range {
+        #[command(subcommand)]
+        command: Range,
+    },
+    /// btrfs seeds without a pool, without root: make, verify, inspect.
+    Seed {
+        #[command(subcommand)]
+        command: Seed,
+    },
+    /// Measure, beside the peers.
+    Bench(loam_bench::Arguments),
+    /// Processes that loam starts itself.
+    #[command(hide = true)]
+    Internal {
+        #[command(subcommand)]
+        command: Internal,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Mount {
+    /// dir:PATH or tar:PATH-or-URL.
+    pub(crate) source: String,
+    /// The mount point, an empty directory.
+    pub(crate) directory: PathBuf,
+    /// The index, where it is not SOURCE.loam.
+    #[arg(long, value_name = "FILE|URL")]
+    pub(crate) index: Option<String>,
+    /// Keep what is written in this file; mounting the same source with it again finds it there.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) local: Option<PathBuf>,
+    /// How the kernel gets the blocks.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) transport: Transport,
+    /// Stay; unmount on Ctrl-C.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum Transport {
+    /// The fastest that the kernel has.
+    #[default]
+    Auto,
+    /// A FUSE file under a loop device.
+    Loop,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum LayoutArgument {
+    /// A superblock alone on the virtual device, all trees on the local one: mounts at once.
+    #[default]
+    Pair,
+    /// All metadata on the virtual device; the local one is added when it is first mounted.
+    Single,
+    /// As single, with one chunk of the whole size: for kernels before 6.4 only.
+    MegaExtent,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// Bytes of the virtual region, 1GiB to 7EiB.
+    #[arg(long, value_name = "SIZE", default_value = "4EiB")]
+    pub(crate) virtual_size: ByteSize,
+    /// Bytes of the local device's file, which is sparse.
+    #[arg(long, value_name = "SIZE", default_value = "64GiB")]
+    pub(crate) local_size: ByteSize,
+    /// Use this block device, all of it, instead of a file. What is on it is lost.
+    #[arg(long, value_name = "DEV", conflicts_with = "local_size")]
+    pub(crate) local_device: Option<PathBuf>,
+    /// How the seed is formatted.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) layout: LayoutArgument,
+    /// Most bytes that the chunk cache may hold.
+    #[arg(long, value_name = "SIZE", default_value = "32GiB")]
+    pub(crate) cache_size: ByteSize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// How the kernel gets the blocks.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) transport: Transport,
+    /// Where to mount it [default: mnt in the pool's directory].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) mount: Option<PathBuf>,
+    /// Do not go to the background; take the pool down on Ctrl-C.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// Threads that serve the kernel [default: one for each processor, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) queues: Option<u16>,
+    /// What addresses without content read as; zeros is for benchmarks.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) unmapped: Unmapped,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum Unmapped {
+    /// EIO.
+    #[default]
+    Error,
+    /// Zeroes.
+    Zeros,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// The image.
+    pub(crate) image: String,
+    /// The container's name [default: made up].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Keep the container when the program has ended.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Program and arguments [default: /bin/sh].
+    #[arg(last = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Range {
+    /// Give a file or URL a range of addresses; prints it.
+    Add {
+        /// file:PATH or http(s)://...
+        source: String,
+    },
+    /// List the ranges.
+    Ls,
+    /// Make a file whose data is a run of addresses, without reading it.
+    Clone {
+        /// First address, a multiple of 4096.
+        address: ByteSize,
+        /// Bytes.
+        length: ByteSize,
+        /// The file to make, below the pool's mount.
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Seed {
+    /// Format.
+    Make(SeedMake),
+    /// Read images back and prove that they are whole.
+    Verify {
+        /// The virtual image.
+        r#virtual: PathBuf,
+        /// The local image of a pair.
+        local: Option<PathBuf>,
+    },
+    /// Print superblock and trees.
+    Inspect {
+        /// One tree: its name (root, chunk, dev, extent, fs, csum, uuid, free-space, quota) or number.
+        #[arg(long, value_name = "T")]
+        tree: Option<String>,
+        /// The image that holds the trees: LOCAL of a pair, VIRTUAL else.
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SeedMake {
+    /// How to format.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) layout: LayoutArgument,
+    /// Bytes of the virtual region, 1GiB to 7EiB.
+    #[arg(long, value_name = "SIZE", default_value = "4EiB")]
+    pub(crate) virtual_size: ByteSize,
+    /// Bytes of LOCAL, which is sparse.
+    #[arg(long, value_name = "SIZE", default_value = "64GiB")]
+    pub(crate) local_size: ByteSize,
+    /// Bytes of a tree block, 4096 to 65536.
+    #[arg(long, value_name = "N", default_value = "16KiB")]
+    pub(crate) nodesize: ByteSize,
+    /// Clone the files of this index into a subvolume named image.
+    #[arg(long, value_name = "INDEX")]
+    pub(crate) index: Option<PathBuf>,
+    /// Format with simple quotas on (Linux 6.7 and newer).
+    #[arg(long)]
+    pub(crate) simple_quota: bool,
+    /// Gets the superblock (pair) or all of the metadata; sparse.
+    pub(crate) r#virtual: PathBuf,
+    /// Gets the trees of a pair.
+    pub(crate) local: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Internal {
+    /// Keeps descriptors over the daemon's death and starts it again.
+    Holder {
+        /// `UpOptions` as JSON.
+        options: String,
+    },
+    /// Serves one pool.
+    Daemon {
+        /// `UpOptions` as JSON.
+        options: String,
+    },
+}

@@ -1,0 +1,169 @@
+//! Images and containers: `index`, `add`, `create`, `run`, `ls`, `show`, `rm`, `pin`.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use loam_pool::protocol::{
+    AddRequest, Added, ContainerStatus, CreateRequest, ImageStatus, Lazy, Listing, PinRequest, Pinned, Shown,
+};
+use loam_pool::RunOptions;
+
+use super::Context;
+use crate::arguments::Run;
+use crate::output::{self, seconds, size};
+use crate::progress::Bar;
+
+pub(crate) async fn index(context: &Context, source: &str, output: Option<PathBuf>) -> anyhow::Result<()> {
+    let mut bar = Bar::new(context.json);
+    let made = loam_pool::make_index(source, output, |progress| bar.update(&progress)).await;
+    bar.finish();
+    output::print(context.json, &made?, |made| {
+        format!(
+            "{}: {} entries, {} of {} ({:.2} %) in {}",
+            made.index.display(),
+            made.files,
+            size(made.index_bytes),
+            size(made.source_bytes),
+            100.0 * made.index_bytes as f64 / made.source_bytes.max(1) as f64,
+            seconds(made.elapsed_ns)
+        )
+    })
+}
+
+pub(crate) async fn add(
+    context: &Context,
+    name: String,
+    source: String,
+    index: Option<String>,
+) -> anyhow::Result<()> {
+    let source = loam_pool::absolute_source(&source)?;
+    let index = index.map(|index| loam_pool::absolute_location(&index)).transpose()?;
+    let mut bar = Bar::new(context.json);
+    let mut notes = Vec::new();
+    let added: loam_pool::Result<Added> = context
+        .client
+        .job("/images", &AddRequest { name, source, index }, |p| bar.update(&p), |note| notes.push(note))
+        .await;
+    notes.iter().for_each(|note| bar.note(note));
+    bar.finish();
+    output::print(context.json, &added?, |added| {
+        format!(
+            "{}: {} entries, {}, at {} in {} ({} from the source{})",
+            added.name,
+            added.files,
+            size(added.bytes),
+            added.path.display(),
+            seconds(added.elapsed_ns),
+            size(added.wire_bytes),
+            match &added.lazy {
+                Lazy::Yes(_) => String::new(),
+                Lazy::No(why) => format!("; not lazy: {why}"),
+            }
+        )
+    })
+}
+
+pub(crate) async fn create(context: &Context, name: String, image: String) -> anyhow::Result<()> {
+    let request = CreateRequest { name, image, ephemeral_owner: None };
+    let made: ContainerStatus = context.client.post("/containers", &request).await?;
+    output::print(context.json, &made, |made| made.path.display().to_string())
+}
+
+pub(crate) async fn run(context: &Context, options: Run) -> anyhow::Result<ExitCode> {
+    let pid = std::process::id();
+    let name = options.name.unwrap_or_else(|| format!("{}-{pid}", options.image));
+    let request = CreateRequest {
+        name: name.clone(),
+        image: options.image,
+        ephemeral_owner: (!options.keep).then_some(pid),
+    };
+    let container: ContainerStatus = context.client.post("/containers", &request).await?;
+    let run = RunOptions {
+        name: name.clone(),
+        root: container.path,
+        command: options.command,
+        terminal: std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
+    };
+    let directory = context.directory.clone();
+    let ended = tokio::task::spawn_blocking(move || loam_pool::run_container(&directory, &run)).await?;
+    if !options.keep {
+        context.client.delete(&format!("/names/{name}")).await?;
+    }
+    Ok(ExitCode::from(u8::try_from(ended?).unwrap_or(1)))
+}
+
+pub(crate) async fn list(context: &Context) -> anyhow::Result<()> {
+    let listing: Listing = context.client.get("/list").await?;
+    output::print(context.json, &listing, |listing| {
+        let mut text = String::new();
+        if !listing.images.is_empty() {
+            let row = |image: &ImageStatus| {
+                let numbers = [image.files.to_string(), size(image.bytes), size(image.local_bytes)];
+                [vec![image.name.clone()], numbers.to_vec(), vec![image.source.clone()]].concat()
+            };
+            let rows: Vec<_> = listing.images.iter().map(row).collect();
+            text.push_str(&output::table(&["IMAGE", "FILES", "SIZE", "LOCAL", "SOURCE"], &rows));
+        }
+        if !listing.containers.is_empty() {
+            let row = |container: &ContainerStatus| {
+                let written = size(container.written_bytes);
+                vec![container.name.clone(), container.image.clone(), written, container.path.display().to_string()]
+            };
+            let rows: Vec<_> = listing.containers.iter().map(row).collect();
+            text.push_str(&output::table(&["CONTAINER", "IMAGE", "WRITTEN", "PATH"], &rows));
+        }
+        text
+    })
+}
+
+pub(crate) async fn show(context: &Context, name: &str) -> anyhow::Result<()> {
+    let shown: Shown = context.client.get(&format!("/names/{}", url_safe(name)?)).await?;
+    output::print(context.json, &shown, |shown| {
+        let mut rows = vec![
+            ("name", shown.name.clone()),
+            ("kind", shown.kind.clone()),
+            ("source", shown.source.clone()),
+            ("path", shown.path.display().to_string()),
+            ("files", shown.files.to_string()),
+            ("size", size(shown.bytes)),
+            ("local", size(shown.local_bytes)),
+        ];
+        if let Some(image) = &shown.image {
+            rows.push(("image", image.clone()));
+        }
+        if let Some(written) = shown.written_bytes {
+            rows.push(("written", size(written)));
+        }
+        rows.push(("lazy", match &shown.lazy {
+            Lazy::Yes(_) => "yes".to_owned(),
+            Lazy::No(why) => format!("no: {why}"),
+        }));
+        rows.push(("addresses", format!("{} + {}", shown.address, shown.length)));
+        rows.push(("index", shown.index.clone()));
+        rows.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect()
+    })
+}
+
+pub(crate) async fn remove(context: &Context, names: &[String]) -> anyhow::Result<()> {
+    for name in names {
+        context.client.delete(&format!("/names/{}", url_safe(name)?)).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn pin(context: &Context, name: String, paths: Vec<String>) -> anyhow::Result<()> {
+    let mut bar = Bar::new(context.json);
+    let pinned: loam_pool::Result<Pinned> =
+        context.client.job("/pin", &PinRequest { name, paths }, |progress| bar.update(&progress), |_| ()).await;
+    bar.finish();
+    output::print(context.json, &pinned?, |pinned| {
+        format!("{}: {} pinned, {} fetched", pinned.name, size(pinned.pinned_bytes), size(pinned.fetched_bytes))
+    })
+}
+
+/// Names that need no quoting go into the request's path; the daemon checks them again.
+fn url_safe(name: &str) -> anyhow::Result<&str> {
+    loam_pool::check_name(name)?;
+    Ok(name)
+}

@@ -1,0 +1,25 @@
+//! Processes that loam starts itself: the holder of descriptors and the daemon.
+
+use std::process::ExitCode;
+
+use loam_pool::UpOptions;
+
+use super::Context;
+use crate::arguments::Internal;
+
+pub(crate) fn run(context: &Context, command: Internal) -> anyhow::Result<ExitCode> {
+    match command {
+        Internal::Holder { options } => {
+            let options: UpOptions = serde_json::from_str(&options)?;
+            Ok(loam_pool::holder_main(&context.directory, &options)?)
+        }
+        Internal::Daemon { options } => {
+            let options: UpOptions = serde_json::from_str(&options)?;
+            let filter = tracing_subscriber::EnvFilter::try_from_env("LOAM_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+            loam_pool::daemon_main(&context.directory, &options)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

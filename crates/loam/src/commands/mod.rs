@@ -1,0 +1,80 @@
+//! One function for each command: call the library, print what it says.
+
+mod image;
+mod internal;
+mod mount;
+mod pool;
+mod range;
+mod seed;
+
+use std::process::ExitCode;
+
+use loam_pool::{Client, PoolDirectory};
+
+use crate::arguments::{Arguments, Command};
+
+/// What every command gets.
+pub(crate) struct Context {
+    /// The pool that was chosen.
+    pub(crate) directory: PoolDirectory,
+    /// Its daemon.
+    pub(crate) client: Client,
+    /// Facts as JSON.
+    pub(crate) json: bool,
+}
+
+/// Runs the command; the exit code is the program's for `run`, else 0.
+pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let directory = PoolDirectory::new(&arguments.pool)?;
+    let context = Context { client: Client::new(&directory), directory, json: arguments.json };
+    let command = match arguments.command {
+        Command::Internal { command } => return internal::run(&context, command),
+        Command::Bench(options) => return loam_bench::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Seed { command } => return seed::run(&context, command).map(|()| ExitCode::SUCCESS),
+        other => other,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        tokio::select! {
+            result = asynchronous(&context, command) => result,
+            () = interrupted() => Err(loam_pool::Error::Interrupted("loam".into()).into()),
+        }
+    })
+}
+
+async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(options) => return image::run(context, options).await,
+        Command::Check { read_data } => return pool::check(context, read_data).await,
+        Command::Mount(options) => mount::mount(context, options).await?,
+        Command::Umount { directory } => mount::umount(context, &directory).await?,
+        Command::Init(options) => pool::init(context, options)?,
+        Command::Up(options) => pool::up(context, options).await?,
+        Command::Down => pool::down(context).await?,
+        Command::Status => pool::status(context).await?,
+        Command::Index { source, output } => image::index(context, &source, output).await?,
+        Command::Add { name, source, index } => image::add(context, name, source, index).await?,
+        Command::Create { name, image } => image::create(context, name, image).await?,
+        Command::Ls => image::list(context).await?,
+        Command::Show { name } => image::show(context, &name).await?,
+        Command::Rm { names } => image::remove(context, &names).await?,
+        Command::Pin { name, paths } => image::pin(context, name, paths).await?,
+        Command::Evict { keep } => pool::evict(context, keep.0).await?,
+        Command::Range { command } => range::run(context, command).await?,
+        Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => unreachable!("dispatched above"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Completes on Ctrl-C or SIGTERM; the command's future is dropped then, which undoes what it had begun.
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}

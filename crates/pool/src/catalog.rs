@@ -1,0 +1,304 @@
+//! Which images and containers a pool has. The record lives in the pool's own filesystem, so that it and the
+//! subvolumes commit together:
+//!
+//! ```text
+//! mnt/.loam/              0700, invisible to containers
+//!   staging/              no-checksum directory: files are cloned here and linked into place
+//!   building/NAME         a subvolume that is not finished; removed when the pool comes up
+//!   images/NAME           an empty file whose xattr `trusted.loam` is the image's record (JSON)
+//!   containers/NAME       the same for a container
+//! mnt/images/NAME         the image: a read-only subvolume
+//! mnt/containers/NAME     the container: a writable snapshot of one
+//! ```
+//!
+//! A name exists when both its record and its subvolume do. The record is put in place first and the subvolume is
+//! renamed into place last; both are metadata only, so a crash leaves both, or a half that [`Catalog::mend`] removes.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::XattrFlags;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::directory::remove_if_there;
+use crate::error::{Context, Error, Result};
+use crate::protocol::Lazy;
+
+/// The xattr that holds a record.
+const RECORD: &str = "trusted.loam";
+
+/// The longest record; btrfs stores an xattr in one leaf.
+const MAX_RECORD_BYTES: usize = 8 << 10;
+
+/// The longest name of an image or container.
+const MAX_NAME_BYTES: usize = 128;
+
+/// What is known of an image besides its files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    pub(crate) source: String,
+    pub(crate) index: String,
+    pub(crate) content: u32,
+    pub(crate) address: u64,
+    pub(crate) length: u64,
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
+    pub(crate) lazy: Lazy,
+}
+
+/// What is known of a container besides its files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ContainerRecord {
+    pub(crate) image: String,
+    pub(crate) index: String,
+    /// The subvolume's generation when it was made: what is newer was written by the container.
+    pub(crate) made_generation: u64,
+    /// The process whose end is the container's end.
+    pub(crate) ephemeral_owner: Option<u32>,
+}
+
+/// The two kinds of things that have names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Image,
+    Container,
+}
+
+impl Kind {
+    fn directory(self) -> &'static str {
+        match self {
+            Kind::Image => "images",
+            Kind::Container => "containers",
+        }
+    }
+
+    /// "image", "container".
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Image => "image",
+            Kind::Container => "container",
+        }
+    }
+}
+
+/// The catalogue of a mounted pool.
+#[derive(Debug, Clone)]
+pub(crate) struct Catalog {
+    mount: PathBuf,
+}
+
+impl Catalog {
+    /// Opens the catalogue below a mount point, making its directories where they lack.
+    pub(crate) fn open(mount: &Path) -> Result<Self> {
+        let catalog = Catalog { mount: mount.to_owned() };
+        let private = catalog.private();
+        for directory in [
+            private.clone(),
+            catalog.staging(),
+            private.join("building"),
+            private.join("images"),
+            private.join("containers"),
+            mount.join("images"),
+            mount.join("containers"),
+        ] {
+            match fs::create_dir(&directory) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::step(format!("making {}", directory.display()), error));
+                }
+                _ => {}
+            }
+        }
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&private, fs::Permissions::from_mode(0o700))
+            .step(|| format!("closing {}", private.display()))?;
+        let staging = File::open(catalog.staging()).step(|| "opening the staging directory".to_owned())?;
+        loam_sys::btrfs::set_no_cow(&staging).step(|| "marking the staging directory +C".to_owned())?;
+        Ok(catalog)
+    }
+
+    fn private(&self) -> PathBuf {
+        self.mount.join(".loam")
+    }
+
+    /// Where files are cloned before they are linked into place.
+    pub(crate) fn staging(&self) -> PathBuf {
+        self.private().join("staging")
+    }
+
+    /// Where a subvolume is while it is being made.
+    pub(crate) fn building(&self, name: &str) -> PathBuf {
+        self.private().join("building").join(name)
+    }
+
+    /// The subvolume of a name.
+    pub(crate) fn subvolume(&self, kind: Kind, name: &str) -> PathBuf {
+        self.mount.join(kind.directory()).join(name)
+    }
+
+    fn record(&self, kind: Kind, name: &str) -> PathBuf {
+        self.private().join(kind.directory()).join(name)
+    }
+
+    /// Whether the name is taken, by either kind: `rm` and `show` take one name for both.
+    pub(crate) fn taken(&self, name: &str) -> Option<Kind> {
+        [Kind::Image, Kind::Container].into_iter().find(|&kind| self.record(kind, name).exists())
+    }
+
+    /// Refuses a name that is taken or cannot be one.
+    pub(crate) fn check_free(&self, name: &str) -> Result<()> {
+        check_name(name)?;
+        match self.taken(name) {
+            Some(Kind::Image) => Err(Error::Exists { kind: "an image", name: name.to_owned() }),
+            Some(Kind::Container) => Err(Error::Exists { kind: "a container", name: name.to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts a finished subvolume from [`Catalog::building`] into place under its name.
+    pub(crate) fn publish<R: Serialize>(&self, kind: Kind, name: &str, record: &R) -> Result<()> {
+        let what = || format!("recording {} {name}", kind.name());
+        let bytes = serde_json::to_vec(record).step(what)?;
+        if bytes.len() > MAX_RECORD_BYTES {
+            return Err(Error::invalid(name, format!("its record would take {} bytes", bytes.len())));
+        }
+        let temporary = self.private().join(format!("record.{name}"));
+        File::create(&temporary).step(what)?;
+        rustix::fs::setxattr(&temporary, RECORD, &bytes, XattrFlags::empty()).step(what)?;
+        fs::rename(&temporary, self.record(kind, name)).step(what)?;
+        fs::rename(self.building(name), self.subvolume(kind, name)).step(what)
+    }
+
+    /// Removes a name: the subvolume is renamed away first, so that the name is gone at once.
+    pub(crate) fn remove(&self, kind: Kind, name: &str) -> Result<()> {
+        let doomed = self.building(&format!("removed.{name}"));
+        remove_subvolume(&doomed)?;
+        fs::rename(self.subvolume(kind, name), &doomed)
+            .step(|| format!("removing {} {name}", kind.name()))?;
+        remove_if_there(&self.record(kind, name))?;
+        remove_subvolume(&doomed)
+    }
+
+    /// The record of a name, if there is one.
+    pub(crate) fn read<R: DeserializeOwned>(&self, kind: Kind, name: &str) -> Result<R> {
+        let missing = || Error::NotFound { kind: kind.name(), name: name.to_owned() };
+        if check_name(name).is_err() {
+            return Err(missing());
+        }
+        let path = self.record(kind, name);
+        if !path.exists() {
+            return Err(missing());
+        }
+        let mut buffer = vec![0; MAX_RECORD_BYTES];
+        let length = rustix::fs::getxattr(&path, RECORD, &mut buffer[..])
+            .step(|| format!("reading the record of {} {name}", kind.name()))?;
+        serde_json::from_slice(&buffer[..length])
+            .map_err(|error| Error::BadFile { path, why: format!("its record does not parse: {error}") })
+    }
+
+    /// All names of a kind, sorted.
+    pub(crate) fn names(&self, kind: Kind) -> Result<Vec<String>> {
+        let directory = self.private().join(kind.directory());
+        let what = || format!("listing {}", directory.display());
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&directory).step(what)? {
+            if let Ok(name) = entry.step(what)?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Containers that were made from an image.
+    pub(crate) fn containers_of(&self, image: &str) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for name in self.names(Kind::Container)? {
+            if self.read::<ContainerRecord>(Kind::Container, &name)?.image == image {
+                found.push(name);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Removes what a crash left half-done: unfinished subvolumes, records without a subvolume, subvolumes without a
+    /// record, and containers whose owner is gone. Returns what was removed, for the log.
+    pub(crate) fn mend(&self) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        let building = self.private().join("building");
+        for path in children(&building)? {
+            remove_subvolume(&path)?;
+            removed.push(format!("unfinished {}", path.display()));
+        }
+        for path in children(&self.staging())? {
+            remove_if_there(&path)?;
+        }
+        for kind in [Kind::Image, Kind::Container] {
+            for name in self.names(kind)? {
+                if !self.subvolume(kind, &name).exists() {
+                    remove_if_there(&self.record(kind, &name))?;
+                    removed.push(format!("the record of {} {name}, which has no subvolume", kind.name()));
+                }
+            }
+            for path in children(&self.mount.join(kind.directory()))? {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                if !self.record(kind, &name).exists() && loam_sys::btrfs::is_subvolume(&path).unwrap_or(false) {
+                    remove_subvolume(&path)?;
+                    removed.push(format!("{} {name}, which has no record", kind.name()));
+                }
+            }
+        }
+        for name in self.names(Kind::Container)? {
+            let record: ContainerRecord = self.read(Kind::Container, &name)?;
+            let owner_gone =
+                record.ephemeral_owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+            if owner_gone {
+                self.remove(Kind::Container, &name)?;
+                removed.push(format!("container {name}, whose loam run is gone"));
+            }
+        }
+        Ok(removed)
+    }
+}
+
+/// A name is a file name that needs no quoting, so that paths and runtimes take it as it is.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+@".contains(&byte);
+    let ok = !name.is_empty()
+        && name.len() <= MAX_NAME_BYTES
+        && name.as_bytes()[0].is_ascii_alphanumeric()
+        && name.bytes().all(fits);
+    if ok {
+        return Ok(());
+    }
+    let rule = "a name begins with a letter or digit and has only letters, digits and . _ - + @, at most 128";
+    Err(Error::invalid(format!("name {name:?}"), rule))
+}
+
+/// Deletes a subvolume and every subvolume that was made inside it. A path that is not there is no error.
+pub(crate) fn remove_subvolume(path: &Path) -> Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    loam_sys::btrfs::delete_subvolume_tree(path).step(|| format!("deleting subvolume {}", path.display()))
+}
+
+fn children(directory: &Path) -> Result<Vec<PathBuf>> {
+    let what = || format!("listing {}", directory.display());
+    fs::read_dir(directory).step(what)?.map(|entry| Ok(entry.step(what)?.path())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_leave_their_directory() {
+        for bad in ["", ".", "..", "a/b", "../x", "-x", ".loam", "a\0", "ä", &"x".repeat(129)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        for good in ["debian", "web1", "a.b-c_d+e@2", "0"] {
+            assert!(check_name(good).is_ok(), "{good:?}");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! `pool.toml`: what was decided when the pool was made. Written once, atomically; it carries the pool's format
+//! version, so that an older loam refuses a newer pool instead of misreading it.
+
+use std::path::PathBuf;
+
+use loam_seed::Layout;
+use serde::{Deserialize, Serialize};
+
+use crate::directory::{PoolDirectory, write_atomic};
+use crate::error::{Context, Error, Result};
+
+/// The pool format that this build writes and the newest that it reads.
+pub const POOL_FORMAT: u32 = 1;
+
+/// What the pool is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// Many images and containers.
+    Pool,
+    /// One image, mounted at one place (`loam mount`); goes away with the mount.
+    Mount,
+}
+
+/// Where the local device is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LocalDevice {
+    /// A file, attached through a loop device.
+    File(PathBuf),
+    /// A block device, used as it is.
+    Block(PathBuf),
+}
+
+/// How the kernel gets the virtual device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransportChoice {
+    /// The fastest that the kernel has.
+    #[default]
+    Auto,
+    /// A FUSE file under a loop device.
+    Loop,
+}
+
+/// What an address without content reads as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnmappedChoice {
+    /// EIO.
+    #[default]
+    Error,
+    /// Zeroes, for benchmarks.
+    Zeros,
+}
+
+/// The pool's configuration file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// [`POOL_FORMAT`] when it was made.
+    pub format: u32,
+    /// What the pool is for.
+    pub purpose: Purpose,
+    /// How the seed was formatted.
+    pub layout: Layout,
+    /// Bytes of the virtual region.
+    pub virtual_size: u64,
+    /// Bytes of the local device when it was made.
+    pub local_size: u64,
+    /// Where the local device is.
+    pub local: LocalDevice,
+    /// From which all UUIDs of the filesystem derive: 32 bytes in hexadecimal.
+    pub identity: String,
+    /// Most bytes that the chunk cache may hold.
+    pub cache_limit: u64,
+    /// Purpose `mount`: the mount point.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount_point: Option<PathBuf>,
+    /// Purpose `mount`: the source as the user wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+}
+
+/// Read first, so that a newer format is named as such whatever else has changed.
+#[derive(Deserialize)]
+struct FormatOnly {
+    format: u32,
+}
+
+impl Config {
+    /// Reads a pool's configuration.
+    ///
+    /// # Errors
+    /// [`Error::NoPool`], [`Error::NewerFormat`], or [`Error::BadFile`] with the line that does not parse.
+    pub fn load(directory: &PoolDirectory) -> Result<Self> {
+        let path = directory.config();
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::NoPool(directory.root().to_owned()));
+            }
+            Err(error) => return Err(Error::step(format!("reading {}", path.display()), error)),
+        };
+        let bad = |error: toml::de::Error| Error::BadFile { path: path.clone(), why: error.to_string() };
+        let FormatOnly { format } = toml::from_str(&text).map_err(bad)?;
+        if format > POOL_FORMAT {
+            return Err(Error::NewerFormat { path, found: format, known: POOL_FORMAT });
+        }
+        toml::from_str(&text).map_err(bad)
+    }
+
+    /// Writes it, atomically. The file's presence is what makes a directory a pool, so this is the last step of
+    /// making one.
+    pub(crate) fn save(&self, directory: &PoolDirectory) -> Result<()> {
+        let text = toml::to_string_pretty(self).step(|| "encoding pool.toml".to_owned())?;
+        write_atomic(&directory.config(), text.as_bytes())
+    }
+
+    /// The identity as bytes.
+    pub(crate) fn identity_bytes(&self, directory: &PoolDirectory) -> Result<[u8; 32]> {
+        let bad = || Error::BadFile { path: directory.config(), why: "identity is not 64 hexadecimal digits".into() };
+        let mut bytes = [0; 32];
+        let text = self.identity.as_bytes();
+        if text.len() != 64 {
+            return Err(bad());
+        }
+        for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| bad())?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| bad())?;
+        }
+        Ok(bytes)
+    }
+}

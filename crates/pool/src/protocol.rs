@@ -1,0 +1,325 @@
+//! What goes over the control socket: the JSON of requests and answers, which is also what `--json` prints.
+//! Bytes and nanoseconds are integers; lists stand under a plural name; fields are added, never renamed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// `GET /status`, `loam status --json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// The pool's directory.
+    pub pool: PathBuf,
+    /// "up" or "down".
+    pub state: String,
+    /// "loop"; absent when down.
+    pub transport: Option<String>,
+    /// The virtual block device.
+    pub device: Option<PathBuf>,
+    /// The mount point.
+    pub mount: Option<PathBuf>,
+    /// The daemon.
+    pub daemon: Option<DaemonStatus>,
+    /// The address space.
+    pub r#virtual: VirtualStatus,
+    /// The chunk cache.
+    pub cache: CacheStatus,
+    /// Images, by name.
+    pub images: Vec<ImageStatus>,
+    /// Containers, by name.
+    pub containers: Vec<ContainerStatus>,
+    /// Counters of what went wrong since the daemon started; all zero when all is well.
+    pub errors: BTreeMap<String, u64>,
+    /// Reads that the kernel has sent, by outcome.
+    pub requests: BTreeMap<String, u64>,
+}
+
+/// The daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Its process.
+    pub pid: u32,
+    /// Since it started.
+    pub uptime_ns: u64,
+    /// How often it took over from one that died, since the pool came up.
+    pub restarts: u64,
+}
+
+/// The address space.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VirtualStatus {
+    /// Bytes of the virtual region.
+    pub size: u64,
+    /// Ranges handed out.
+    pub ranges: u64,
+    /// Bytes that they cover.
+    pub mapped_bytes: u64,
+}
+
+/// The chunk cache.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Bytes held.
+    pub bytes: u64,
+    /// Most bytes that it may hold.
+    pub limit: u64,
+    /// Reads answered from it.
+    pub hits: u64,
+    /// Reads that had to fetch.
+    pub misses: u64,
+    /// Bytes received from sources.
+    pub fetched_bytes: u64,
+    /// Blocks whose checksum was wrong.
+    pub bad_blocks: u64,
+}
+
+/// An image in a list.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// Its name.
+    pub name: String,
+    /// Where its content comes from.
+    pub source: String,
+    /// Its subvolume.
+    pub path: PathBuf,
+    /// Entries of all kinds.
+    pub files: u64,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Bytes of it that are in the cache.
+    pub local_bytes: u64,
+    /// `true`, or why its data cannot be fetched bit by bit.
+    pub lazy: Lazy,
+}
+
+/// A container in a list.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// Its name.
+    pub name: String,
+    /// The image that it was made from.
+    pub image: String,
+    /// Its subvolume.
+    pub path: PathBuf,
+    /// Bytes of file data that were written to it and are on the local device.
+    pub written_bytes: u64,
+    /// Most bytes that it may write; absent where there is no limit.
+    pub limit_bytes: Option<u64>,
+}
+
+/// `loam show NAME --json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Shown {
+    /// "image" or "container".
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Where its content comes from (of a container: its image's source).
+    pub source: String,
+    /// Of a container: its image.
+    pub image: Option<String>,
+    /// Its subvolume.
+    pub path: PathBuf,
+    /// Entries of all kinds in the image.
+    pub files: u64,
+    /// Bytes of all the image's files.
+    pub bytes: u64,
+    /// Bytes that are local: an image's cached bytes; a container's cached and written bytes.
+    pub local_bytes: u64,
+    /// Of a container: bytes written to it.
+    pub written_bytes: Option<u64>,
+    /// `true`, or why not.
+    pub lazy: Lazy,
+    /// The BLAKE3 digest of its index.
+    pub index: String,
+    /// First address of its range.
+    pub address: u64,
+    /// Bytes of its range.
+    pub length: u64,
+}
+
+/// Whether data is fetched on first read: `true`, or the reason why not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Lazy {
+    /// Always `true`.
+    Yes(bool),
+    /// Why not.
+    No(String),
+}
+
+/// `POST /images`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AddRequest {
+    /// The image's name.
+    pub name: String,
+    /// Its source, with an absolute path where it is local.
+    pub source: String,
+    /// Where its index is, if not beside the source.
+    pub index: Option<String>,
+}
+
+/// A line of the answer to a long request: any number of `progress`, then one `done` or `failed`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobLine<T> {
+    /// How far it is.
+    Progress(Progress),
+    /// Something the user should know.
+    Note(String),
+    /// The result.
+    Done(T),
+    /// Why it failed.
+    Failed(Failure),
+}
+
+/// How far a long request is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is being done: "reading", "creating files", "fetching".
+    pub step: String,
+    /// Units done.
+    pub done: u64,
+    /// Units in all; 0 where that is not known.
+    pub total: u64,
+    /// "bytes" or "files".
+    pub unit: String,
+}
+
+/// An error as the daemon tells it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    /// What and why.
+    pub error: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+/// What adding an image came to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Added {
+    /// The image's name.
+    pub name: String,
+    /// Where it comes from.
+    pub source: String,
+    /// Its subvolume.
+    pub path: PathBuf,
+    /// Entries of all kinds.
+    pub files: u64,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Bytes that came over the wire or from the source to add it.
+    pub wire_bytes: u64,
+    /// `true`, or why not.
+    pub lazy: Lazy,
+    /// Fetching or making the index.
+    pub index_ns: u64,
+    /// Creating the files.
+    pub create_ns: u64,
+    /// All of it.
+    pub elapsed_ns: u64,
+}
+
+/// `POST /containers`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreateRequest {
+    /// The container's name.
+    pub name: String,
+    /// The image to start from.
+    pub image: String,
+    /// The process that owns it: it is removed when that is gone and the pool comes up again.
+    pub ephemeral_owner: Option<u32>,
+}
+
+/// `POST /pin`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PinRequest {
+    /// An image or a container.
+    pub name: String,
+    /// Paths in it; all of it when empty.
+    pub paths: Vec<String>,
+}
+
+/// What pinning came to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pinned {
+    /// The image.
+    pub name: String,
+    /// Bytes that are local now and stay so.
+    pub pinned_bytes: u64,
+    /// Bytes that were fetched for it.
+    pub fetched_bytes: u64,
+}
+
+/// `POST /evict`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EvictRequest {
+    /// Bytes that may stay.
+    pub keep_bytes: u64,
+}
+
+/// What evicting came to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Evicted {
+    /// Bytes given back.
+    pub evicted_bytes: u64,
+    /// Bytes still held.
+    pub bytes: u64,
+}
+
+/// `POST /ranges`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AddRangeRequest {
+    /// A `file:` or `http(s):` source.
+    pub source: String,
+}
+
+/// A range of the address space.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RangeStatus {
+    /// First address.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Where its content comes from.
+    pub source: String,
+    /// "image" or "bytes".
+    pub kind: String,
+}
+
+/// `GET /ranges`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ranges {
+    /// By address.
+    pub ranges: Vec<RangeStatus>,
+}
+
+/// `GET /list`, `loam ls --json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Listing {
+    /// Images, by name.
+    pub images: Vec<ImageStatus>,
+    /// Containers, by name.
+    pub containers: Vec<ContainerStatus>,
+}
+
+/// One thing that `check` found wrong.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Finding {
+    /// "seed", "map", "cache", "clones".
+    pub part: String,
+    /// What is wrong, where.
+    pub what: String,
+}
+
+/// `loam check --json`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Checked {
+    /// What was checked, with counts.
+    pub checked: BTreeMap<String, u64>,
+    /// What was not, and why.
+    pub skipped: BTreeMap<String, String>,
+    /// Empty when all is well.
+    pub findings: Vec<Finding>,
+}
