@@ -1,0 +1,101 @@
+//! [`ByteSource`]: one pinned version of one object, read by offset or as a stream.
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{Result, SourceUrl};
+
+/// Bytes as they come, in order; ends after the last one that was asked for, or with an error.
+pub type ByteStream = BoxStream<'static, Result<Bytes>>;
+
+/// Bytes by offset from somewhere slow. All offsets and lengths are bytes. Shared by reference between any number of
+/// tasks; everything runs inside a tokio runtime with time and I/O enabled.
+pub trait ByteSource: Send + Sync {
+    /// Where the bytes come from.
+    fn url(&self) -> &SourceUrl;
+
+    /// Length of the object.
+    fn length(&self) -> u64;
+
+    /// Exactly `length` bytes from `offset`, retried and resumed as the source's options say.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfBounds`] at once; [`crate::Error::Changed`] when the object is no longer the pinned one.
+    fn read_at(&self, offset: u64, length: u64) -> BoxFuture<'_, Result<Bytes>>;
+
+    /// The same `length` bytes as they arrive, in one request (and its resumptions). Nothing is sent before the first
+    /// poll. To the end of the object is `length() - offset`.
+    fn stream(&self, offset: u64, length: u64) -> ByteStream;
+
+    /// What identifies this version, as far as it is known by now.
+    fn pin(&self) -> Pin;
+
+    /// What has been asked for and received so far.
+    fn wire(&self) -> WireTotals;
+}
+
+/// What identifies one version of an object: the length always, the others where they are known. An object that
+/// differs in one that is known is another version.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Pin {
+    /// Bytes.
+    pub length: u64,
+    /// `ETag`, with its quotes and without the mark of a weak one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
+    /// `Last-Modified`, as the server spells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_modified: Option<String>,
+    /// Modification time of a local file: nanoseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modified_ns: Option<i64>,
+    /// Inode number of a local file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inode: Option<u64>,
+}
+
+impl Pin {
+    /// A pin that knows the length alone: the first answer's validators are pinned from then on.
+    pub fn of_length(length: u64) -> Pin {
+        Pin { length, ..Pin::default() }
+    }
+}
+
+/// What crossed the wire, at one instant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WireTotals {
+    /// Requests sent, retries and redirects included; for a file, reads.
+    pub requests: u64,
+    /// Bytes of bodies received, whether or not they were of use; headers are not counted.
+    pub bytes: u64,
+}
+
+/// Counts what crosses the wire.
+#[derive(Debug, Default)]
+pub struct WireCounters {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl WireCounters {
+    /// One more request.
+    pub fn request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// `bytes` more of a body.
+    pub fn received(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// What was counted so far.
+    pub fn totals(&self) -> WireTotals {
+        WireTotals {
+            requests: self.requests.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
