@@ -105,9 +105,41 @@ pub trait BlockDevice: Send + Sync {
     fn flush(&self) -> Io<'_, ()>;
 
     /// The kinds of the bytes from `offset`: at least one extent, the first beginning at `offset`, each adjacent to
-    /// the one before, none reaching beyond `offset + length`, and at most `limit` of them (so they may end early).
-    /// `length` and `limit` are at least 1.
+    /// the one before, none reaching beyond `offset + length`, and at most `limit` of them. They may end early, at
+    /// the limit or where looking further would take long: a caller that wants more asks again from their end.
+    /// `length` is at least 1 (else [`ErrorKind::Invalid`]); a `limit` of 0 counts as 1.
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>>;
+}
+
+/// The longest request that the devices of this crate ask for in one piece, in bytes; the limit that NBD's
+/// specification gives to clients that were told none.
+pub const MAXIMUM_BLOCK: u32 = 32 << 20;
+
+/// The answer to `extents` of a device that is all of one kind.
+///
+/// # Errors
+/// Those of [`check_extents_range`].
+pub fn whole_device_as(
+    geometry: &Geometry,
+    kind: ExtentKind,
+    offset: u64,
+    length: u64,
+) -> Result<Vec<Extent>> {
+    check_extents_range(geometry, offset, length)?;
+    Ok(vec![Extent { offset, length, kind }])
+}
+
+/// Checks the range of an `extents` request, which must not be empty.
+///
+/// # Errors
+/// Those of [`check_range`], and [`ErrorKind::Invalid`] for a length of 0.
+pub fn check_extents_range(geometry: &Geometry, offset: u64, length: u64) -> Result<()> {
+    check_range(geometry, "extents", offset, length)?;
+    if length == 0 {
+        let context = format!("extents of 0 bytes at {offset}: an empty range has none");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
 }
 
 /// Checks that `offset..offset + length` lies inside the device and keeps `minimum_block`.

@@ -29,6 +29,21 @@ impl<'a, T> Io<'a, T> {
     }
 }
 
+impl<'a> Io<'a, ()> {
+    /// This request and, when it succeeded, the one that `next` makes: how a request that spans several devices is
+    /// carried out in order. Ready when both are.
+    pub fn and_then(self, next: impl FnOnce() -> Io<'a, ()> + Send + 'a) -> Io<'a, ()> {
+        match self {
+            Io::Ready(Ok(())) => next(),
+            Io::Ready(Err(error)) => Io::Ready(Err(error)),
+            Io::Pending(first) => Io::pending(async move {
+                first.await?;
+                next().await
+            }),
+        }
+    }
+}
+
 impl<T> From<Result<T>> for Io<'_, T> {
     fn from(result: Result<T>) -> Self {
         Io::Ready(result)

@@ -18,10 +18,27 @@
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod device;
 mod error;
+mod file;
 mod io;
+mod memory;
+mod null;
+mod pattern;
+pub mod size;
+mod spec;
 
-pub use device::{BlockDevice, Capabilities, Extent, ExtentKind, Geometry, WriteFlags, ZeroFlags, check_range};
+pub use device::{
+    BlockDevice, Capabilities, Extent, ExtentKind, Geometry, MAXIMUM_BLOCK, WriteFlags, ZeroFlags,
+    check_extents_range, check_range, whole_device_as,
+};
 pub use error::{Error, ErrorKind, Result};
+pub use file::{FileDevice, FileOptions};
 pub use io::Io;
+pub use memory::MemoryDevice;
+pub use null::NullDevice;
+pub use pattern::PatternDevice;
+pub use size::{ByteSize, ParseSizeError};
+pub use spec::{DeviceSpec, ParseDeviceError};
