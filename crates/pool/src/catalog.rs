@@ -17,7 +17,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::XattrFlags;
+use loam_sys::btrfs::{self, Key};
+use rustix::fs::{IFlags, XattrFlags};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -86,12 +87,13 @@ impl Kind {
 #[derive(Debug, Clone)]
 pub(crate) struct Catalog {
     mount: PathBuf,
+    virtual_size: u64,
 }
 
 impl Catalog {
     /// Opens the catalogue below a mount point, making its directories where they lack.
-    pub(crate) fn open(mount: &Path) -> Result<Self> {
-        let catalog = Catalog { mount: mount.to_owned() };
+    pub(crate) fn open(mount: &Path, virtual_size: u64) -> Result<Self> {
+        let catalog = Catalog { mount: mount.to_owned(), virtual_size };
         let private = catalog.private();
         for directory in [
             private.clone(),
@@ -113,8 +115,14 @@ impl Catalog {
         fs::set_permissions(&private, fs::Permissions::from_mode(0o700))
             .step(|| format!("closing {}", private.display()))?;
         let staging = File::open(catalog.staging()).step(|| "opening the staging directory".to_owned())?;
-        loam_sys::btrfs::set_no_cow(&staging).step(|| "marking the staging directory +C".to_owned())?;
+        btrfs::set_inode_flags(&staging, IFlags::NOCOW)
+            .step(|| "marking the staging directory +C".to_owned())?;
         Ok(catalog)
+    }
+
+    /// Bytes of the virtual region.
+    pub(crate) fn virtual_size(&self) -> u64 {
+        self.virtual_size
     }
 
     fn private(&self) -> PathBuf {
@@ -242,7 +250,7 @@ impl Catalog {
             }
             for path in children(&self.mount.join(kind.directory()))? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                if !self.record(kind, &name).exists() && loam_sys::btrfs::is_subvolume(&path).unwrap_or(false) {
+                if !self.record(kind, &name).exists() && is_subvolume(&path) {
                     remove_subvolume(&path)?;
                     removed.push(format!("{} {name}, which has no record", kind.name()));
                 }
@@ -275,12 +283,48 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
     Err(Error::invalid(format!("name {name:?}"), rule))
 }
 
-/// Deletes a subvolume and every subvolume that was made inside it. A path that is not there is no error.
+/// Deletes a subvolume and every subvolume that was made inside it, innermost first. A path that is not there is no
+/// error.
 pub(crate) fn remove_subvolume(path: &Path) -> Result<()> {
+    let what = || format!("deleting subvolume {}", path.display());
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     if !path.exists() {
         return Ok(());
     }
-    loam_sys::btrfs::delete_subvolume_tree(path).step(|| format!("deleting subvolume {}", path.display()))
+    let parent = File::open(parent).step(what)?;
+    let root = File::open(path).step(what)?;
+    let mut doomed = vec![btrfs::subvolume_info(&root).step(what)?.id];
+    let mut next = 0;
+    while let Some(&id) = doomed.get(next) {
+        doomed.extend(nested(&root, id).step(what)?);
+        next += 1;
+    }
+    for &id in doomed[1..].iter().rev() {
+        btrfs::delete_subvolume_by_id(&root, id).step(what)?;
+    }
+    drop(root);
+    btrfs::delete_subvolume(&parent, name).step(what)
+}
+
+/// The subvolumes directly inside subvolume `id`: its `ROOT_REF` items in the tree of roots.
+fn nested(filesystem: &File, id: u64) -> loam_sys::Result<Vec<u64>> {
+    const ROOT_TREE: u64 = 1;
+    const ROOT_REF_KEY: u8 = 156;
+    let last = Key { objectid: id, kind: ROOT_REF_KEY, offset: u64::MAX };
+    let mut first = Key { offset: 0, ..last };
+    let mut found = Vec::new();
+    loop {
+        let items = btrfs::tree_search(filesystem, ROOT_TREE, first, last, 64)?;
+        let Some(end) = items.last().and_then(|item| item.key.successor()) else { return Ok(found) };
+        found.extend(items.iter().map(|item| item.key.offset));
+        first = end;
+    }
+}
+
+/// The root directory of a subvolume always has inode 256.
+fn is_subvolume(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir() && meta.ino() == 256)
 }
 
 fn children(directory: &Path) -> Result<Vec<PathBuf>> {

@@ -1,0 +1,222 @@
+//! Making a pool: format the seed, make the map and the directories; `pool.toml` is written last, so that a pool
+//! either is there whole or is not there.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
+
+use loam_seed::{Image, Layout, SeedOptions, Subvolume, Timestamp, VIRTUAL_BASE};
+use loam_space::Map;
+use serde::Serialize;
+
+use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose};
+use crate::directory::{PoolDirectory, sync_directory};
+use crate::error::{Context, Error, Result};
+
+/// How a pool is to be made.
+#[derive(Debug, Clone)]
+pub struct InitOptions {
+    /// How the seed is formatted.
+    pub layout: Layout,
+    /// Bytes of the virtual region.
+    pub virtual_size: u64,
+    /// Bytes of the local device's file.
+    pub local_size: u64,
+    /// A block device to use instead of a file.
+    pub local_device: Option<PathBuf>,
+    /// Most bytes that the chunk cache may hold.
+    pub cache_limit: u64,
+}
+
+/// What was made.
+#[derive(Debug, Clone, Serialize)]
+pub struct Made {
+    /// The pool's directory.
+    pub pool: PathBuf,
+    /// The layout's name.
+    pub layout: Layout,
+    /// Bytes of the virtual region.
+    pub virtual_size: u64,
+    /// Bytes of the local device.
+    pub local_size: u64,
+    /// How long it took.
+    pub elapsed_ns: u64,
+}
+
+/// Makes a pool in `directory`.
+///
+/// # Errors
+/// [`Error::PoolExists`]; sizes that cannot be; a block device that is in use; the disk's own errors.
+pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
+    let started = Instant::now();
+    if directory.exists() {
+        return Err(Error::PoolExists(directory.root().to_owned()));
+    }
+    make_directories(directory)?;
+    let (local, local_size) = match &options.local_device {
+        Some(device) => (LocalDevice::Block(device.clone()), block_device_bytes(device)?),
+        None => (LocalDevice::File(directory.local_image()), options.local_size),
+    };
+    let identity = random_identity()?;
+    let config = Config {
+        format: POOL_FORMAT,
+        purpose: Purpose::Pool,
+        layout: options.layout,
+        virtual_size: options.virtual_size,
+        local_size,
+        local,
+        identity: blake3::Hash::from_bytes(identity).to_hex().to_string(),
+        cache_limit: options.cache_limit,
+        mount_point: None,
+        source: None,
+    };
+    format_filesystem(directory, &config, [0; 32], &[])?;
+    make_map(directory, &config)?;
+    config.save(directory)?;
+    Ok(Made {
+        pool: directory.root().to_owned(),
+        layout: config.layout,
+        virtual_size: config.virtual_size,
+        local_size,
+        elapsed_ns: started.elapsed().as_nanos() as u64,
+    })
+}
+
+/// Makes the directories of a pool.
+pub(crate) fn make_directories(directory: &PoolDirectory) -> Result<()> {
+    for path in [directory.root().to_owned(), directory.indexes(), directory.run()] {
+        fs::create_dir_all(&path).step(|| format!("making {}", path.display()))?;
+    }
+    use std::os::unix::fs::PermissionsExt;
+    let private = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(directory.root(), private).step(|| format!("closing {}", directory.root().display()))
+}
+
+/// Makes an empty map of the configured size.
+pub(crate) fn make_map(directory: &PoolDirectory, config: &Config) -> Result<Map> {
+    let path = directory.map();
+    match fs::remove_dir_all(&path) {
+        // Left by an attempt that did not come as far as pool.toml.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::step(format!("removing {}", path.display()), error));
+        }
+        _ => {}
+    }
+    Map::create(&path, config.virtual_size).step(|| format!("making the map {}", path.display()))
+}
+
+/// Formats virtual image and local device as the configuration says, with `subvolumes` cloned into it.
+/// `content_digest` is noted in the local device's label.
+pub(crate) fn format_filesystem(
+    directory: &PoolDirectory,
+    config: &Config,
+    content_digest: [u8; 32],
+    subvolumes: &[Subvolume<'_>],
+) -> Result<()> {
+    let seed = seed_options(directory, config, content_digest)?;
+    if let Some(limit) = seed.layout.kernel_limit(seed.virtual_size) {
+        tracing::warn!("{limit}");
+    }
+    let virtual_path = directory.virtual_image();
+    let mut virtual_image = Prefix(create(&virtual_path)?);
+    let (LocalDevice::File(local_path) | LocalDevice::Block(local_path)) = &config.local;
+    let mut local_image = open_local(&config.local)?;
+    let local: Option<&mut dyn Image> = if seed.layout == Layout::Pair {
+        Some(&mut local_image)
+    } else {
+        local_image
+            .set_length(config.local_size)
+            .step(|| format!("making {} {} bytes long", local_path.display(), config.local_size))?;
+        wipe_superblock(&local_image).step(|| format!("wiping {}", local_path.display()))?;
+        None
+    };
+    loam_seed::write(&seed, subvolumes, &mut virtual_image, local)
+        .step(|| format!("formatting {} and {}", virtual_path.display(), local_path.display()))?;
+    for (file, path) in [(&virtual_image.0, virtual_path.as_path()), (&local_image, local_path)] {
+        file.sync_all().step(|| format!("syncing {}", path.display()))?;
+    }
+    sync_directory(directory.root())
+}
+
+/// The formatter's options for a configuration.
+pub(crate) fn seed_options(
+    directory: &PoolDirectory,
+    config: &Config,
+    content_digest: [u8; 32],
+) -> Result<SeedOptions> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Ok(SeedOptions {
+        layout: config.layout,
+        virtual_size: config.virtual_size,
+        local_size: config.local_size,
+        content_digest,
+        label: "loam".to_owned(),
+        timestamp: Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() },
+        ..SeedOptions::new(config.identity_bytes(directory)?)
+    })
+}
+
+/// The part of the virtual device below the virtual region: what lies beyond is the address space's, and no
+/// filesystem takes a file of four exbibytes.
+struct Prefix(File);
+
+impl Image for Prefix {
+    fn set_length(&mut self, length: u64) -> io::Result<()> {
+        self.0.set_len(length.min(VIRTUAL_BASE))
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, offset)
+    }
+}
+
+fn create(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .step(|| format!("making {}", path.display()))
+}
+
+fn open_local(local: &LocalDevice) -> Result<File> {
+    match local {
+        LocalDevice::File(path) => create(path),
+        LocalDevice::Block(path) => {
+            use std::os::unix::fs::OpenOptionsExt;
+            // O_EXCL on a block device: refused while it is mounted or part of something.
+            let flags = rustix::fs::OFlags::EXCL.bits() as i32;
+            OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(|error| {
+                Error::step(format!("opening {}", path.display()), error)
+                    .with_hint("it must be a block device that nothing uses")
+            })
+        }
+    }
+}
+
+/// A device that is to be added online must not look like part of another filesystem.
+fn wipe_superblock(local: &File) -> io::Result<()> {
+    const SUPERBLOCK_OFFSET: u64 = 64 << 10;
+    local.write_all_at(&[0; 4096], SUPERBLOCK_OFFSET)
+}
+
+fn block_device_bytes(path: &Path) -> Result<u64> {
+    let what = || format!("opening {}", path.display());
+    let file = File::open(path).step(what)?;
+    if !file.metadata().step(what)?.file_type().is_block_device() {
+        return Err(Error::invalid(path.display().to_string(), "not a block device"));
+    }
+    let bytes = loam_seed::ReadAt::length(&file).step(what)?;
+    Ok(bytes / 4096 * 4096)
+}
+
+/// Every filesystem that is ever mounted on one host needs UUIDs of its own.
+pub(crate) fn random_identity() -> Result<[u8; 32]> {
+    let (one, two) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
+    let mut hasher = blake3::Hasher::new_derive_key("loam 2026 pool identity");
+    hasher.update(one.as_bytes()).update(two.as_bytes());
+    Ok(*hasher.finalize().as_bytes())
+}
