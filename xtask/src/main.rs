@@ -1,7 +1,11 @@
-//! The repository's own tasks: `cargo xtask setup|test|tidy|deny|demo|bench`. Kept on the standard library and very
+//! The repository's own tasks. Kept on the standard library and very
 //! little more, so that it builds in seconds on a machine that has nothing but Rust.
 
+mod bench;
+mod demo;
 mod deny;
+mod image;
+mod nginx;
 mod setup;
 mod shell;
 mod test;
@@ -17,6 +21,10 @@ Usage: cargo xtask TASK [OPTIONS]
   setup                    install what the tests and the demo need (Debian, root)
   test [--unit|--e2e] [--release] [FILTER...]
                            format, lints, docs, tidy, unit tests, then the end-to-end tests (root)
+  demo [--quick]           everything a user gets, on a real image (root); --quick: a busybox image
+  image                    only make the demo's image, and print its path (root)
+  bench [--quick] [start|seed|read]...
+                           the figures of docs/benchmarks (root)
   tidy                     the rules that no compiler checks
   deny                     licences, sources and duplicate crates, where cargo-deny is installed
 ";
@@ -38,6 +46,12 @@ fn run(task: &str, arguments: &[String]) -> Result<ExitCode> {
     match task {
         "setup" => setup::run_task(arguments).map(|()| ExitCode::SUCCESS),
         "test" => test::run(arguments),
+        "demo" => demo::run_task(arguments).map(|()| ExitCode::SUCCESS),
+        "image" => {
+            println!("{}", image::Image::debian()?.tar.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        "bench" => bench::run_task(arguments).map(|()| ExitCode::SUCCESS),
         "tidy" => tidy::run(arguments),
         "deny" => deny::run_task(arguments).map(|()| ExitCode::SUCCESS),
         "" | "help" | "--help" | "-h" => {

@@ -1,0 +1,66 @@
+//! `cargo xtask bench`: the commands behind the figures in docs/benchmarks, with the image and the web server that they
+//! need.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::image::{self, Image};
+use crate::nginx::Nginx;
+use crate::setup;
+use crate::shell::{cargo, describe, is_root, run, target};
+
+const BENCHES: [&str; 3] = ["start", "seed", "read"];
+
+/// The task.
+pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
+    let (options, chosen): (Vec<&str>, Vec<&str>) =
+        arguments.iter().map(String::as_str).partition(|argument| argument.starts_with('-'));
+    if let Some(unknown) = options.iter().find(|option| **option != "--quick") {
+        bail!("unknown option '{unknown}'");
+    }
+    if let Some(unknown) = chosen.iter().find(|bench| !BENCHES.contains(bench)) {
+        bail!("no benchmark '{unknown}': there are {}", BENCHES.join(", "));
+    }
+    ensure!(is_root(), "the benchmarks mount and attach loop devices: run them as root");
+    setup::run_setup()?;
+    run(&mut cargo(&["build", "--release", "--package", "loam"]))?;
+    let directory = target().join("bench");
+    fs::create_dir_all(&directory)?;
+    let mut results = Vec::new();
+    for bench in BENCHES.iter().filter(|bench| chosen.is_empty() || chosen.contains(bench)) {
+        let out = directory.join(format!("{bench}.jsonl"));
+        let mut loam = Command::new(target().join("release/loam"));
+        loam.args(["bench", bench, "--out"]).arg(&out).args(&options);
+        match *bench {
+            "start" => start(&mut loam)?,
+            _ => show_and_run(&mut loam)?,
+        }
+        results.push(out);
+    }
+    let mut report = Command::new(target().join("release/loam"));
+    report.args(["bench", "report"]).args(&results).arg("--html").arg(directory.join("report.html"));
+    show_and_run(&mut report)
+}
+
+/// Cold start needs the image and a server.
+fn start(loam: &mut Command) -> Result<()> {
+    let image = Image::debian()?;
+    image.compressed("gzip", "gz")?;
+    image.compressed("xz", "xz")?;
+    let tar = format!("tar:{}", image.tar.display());
+    run(Command::new(target().join("release/loam")).args(["index", &tar]))?;
+    let nginx = Nginx::start(&image::directory().join("nginx"), &image::directory().join("www"))?;
+    let name = image.name();
+    loam.arg(format!("tar:{}", nginx.url(&name)));
+    for suffix in ["", ".gz", ".xz"] {
+        loam.args(["--download", &nginx.url(&format!("{name}{suffix}"))]);
+    }
+    show_and_run(loam)
+}
+
+fn show_and_run(command: &mut Command) -> Result<()> {
+    eprintln!("bench: {}", describe(command));
+    run(command)
+}
