@@ -10,6 +10,7 @@ mod ioctl;
 pub mod btrfs;
 pub mod fds;
 pub mod loopdev;
+pub mod map_file;
 pub mod mount;
 pub mod process;
 
