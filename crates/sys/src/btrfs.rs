@@ -19,7 +19,7 @@ pub use file::{InodeFlags, clone_range, inode_flags, set_inode_flags};
 pub use quota::{
     QgroupUsage, QuotaMode, disable_quota, enable_quota, limit_subvolume, qgroup_usage, quota_mode,
 };
-pub use search::{Item, Key, tree_search};
+pub use search::{Item, Key, tree_search, tree_search_since};
 
 use crate::ioctl::{self, READ, Request, WRITE};
 use crate::{Error, Result};

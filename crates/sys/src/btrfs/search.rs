@@ -94,6 +94,22 @@ pub struct Item {
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN; `ENOENT` for a tree that does not exist.
 pub fn tree_search(file: impl AsFd, tree: u64, first: Key, last: Key, limit: u32) -> Result<Vec<Item>> {
+    tree_search_since(file, tree, first, last, 0, limit)
+}
+
+/// The same, without the items of leaves that were last written before transaction `generation`: the kernel skips
+/// whole subtrees that are older, so what changed in a large tree is found without reading all of it.
+///
+/// # Errors
+/// As [`tree_search`].
+pub fn tree_search_since(
+    file: impl AsFd,
+    tree: u64,
+    first: Key,
+    last: Key,
+    generation: u64,
+    limit: u32,
+) -> Result<Vec<Item>> {
     let mut arguments = SearchArgs::new_zeroed();
     arguments.key = SearchKey {
         tree_id: tree,
@@ -101,7 +117,7 @@ pub fn tree_search(file: impl AsFd, tree: u64, first: Key, last: Key, limit: u32
         max_objectid: last.objectid,
         min_offset: first.offset,
         max_offset: last.offset,
-        min_transid: 0,
+        min_transid: generation,
         max_transid: u64::MAX,
         min_type: u32::from(first.kind),
         max_type: u32::from(last.kind),

@@ -1,0 +1,41 @@
+//! What can go wrong with attaching.
+
+use std::path::PathBuf;
+
+/// The result of attaching, detaching, or taking over.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a device could not be attached, taken over, or detached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The kernel refused a call.
+    #[error(transparent)]
+    System(#[from] loam_sys::Error),
+    /// The device is mounted, or held by someone else exclusively. Nothing was changed.
+    #[error("{} is in use: unmount what is on it first", .device.display())]
+    Busy {
+        /// The loop device.
+        device: PathBuf,
+    },
+    /// Nothing holds the device exclusively, but somebody keeps it open. It goes away when they close it.
+    #[error("{} is still open in another process; it goes away when that closes it", .device.display())]
+    StillOpen {
+        /// The loop device.
+        device: PathBuf,
+    },
+    /// The kernel cannot send unanswered requests again.
+    #[error(
+        "this kernel cannot resend FUSE requests (FUSE_HAS_RESEND, Linux 6.9): unmount, and start afresh"
+    )]
+    CannotResend,
+    /// What was saved does not belong to what was found.
+    #[error("cannot take over the attachment: {0}")]
+    Mismatch(String),
+    /// The device cannot be served this way.
+    #[error("cannot attach: {0}")]
+    Unsuitable(String),
+    /// The holder of descriptors spoke in an unknown way, or ended.
+    #[error("descriptor store: {0}")]
+    Store(String),
+}
