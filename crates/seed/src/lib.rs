@@ -14,6 +14,7 @@ mod hash;
 mod identity;
 mod image;
 mod label;
+mod memory_tree;
 mod options;
 mod synthetic;
 mod tree;
@@ -23,6 +24,7 @@ pub use error::{Error, Result};
 pub use identity::Identity;
 pub use image::{Image, MemoryImage, ReadAt};
 pub use label::{LABEL_OFFSET, LABEL_SIZE, Label, read_label};
+pub use memory_tree::{MemoryTree, OwnedKind};
 pub use options::{
     CHUNK_LENGTH, KERNEL_CHUNK_MAX, LOCAL_SIZE_MIN, Layout, SeedOptions, Timestamp, VIRTUAL_BASE,
     VIRTUAL_SIZE_MAX, VIRTUAL_SIZE_MIN,

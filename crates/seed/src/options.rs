@@ -15,7 +15,7 @@ pub const LOCAL_SIZE_MIN: u64 = 256 << 20;
 /// The length of the data chunks, in bytes, but for the last. Kernels since 6.4 refuse 2^48 - 64 KiB and more.
 pub const CHUNK_LENGTH: u64 = 128 << 40;
 /// The longest chunk that kernels since 6.4 mount (`btrfs_check_chunk_valid`), in bytes.
-pub const KERNEL_CHUNK_MAX: u64 = ((u32::MAX as u64 - 1) << 16) as u64;
+pub const KERNEL_CHUNK_MAX: u64 = (u32::MAX as u64 - 1) << 16;
 
 /// Where the SYSTEM chunk (the chunk tree) begins.
 pub(crate) const SYSTEM_BASE: u64 = 1 << 20;
@@ -118,7 +118,7 @@ impl SeedOptions {
         if !(VIRTUAL_SIZE_MIN..=VIRTUAL_SIZE_MAX).contains(&size) {
             return refuse("virtual size", size, "must be from 1 GiB to 7 EiB");
         }
-        if size % STRIPE_LENGTH != 0 {
+        if !size.is_multiple_of(STRIPE_LENGTH) {
             return refuse("virtual size", size, "must be a multiple of 64 KiB, the unit of chunks");
         }
         if !self.node_size.is_power_of_two() || !(4 << 10..=64 << 10).contains(&self.node_size) {
@@ -129,7 +129,7 @@ impl SeedOptions {
             if size < LOCAL_SIZE_MIN {
                 return refuse("local size", size, "must be at least 256 MiB");
             }
-            if size % u64::from(SECTOR_SIZE) != 0 {
+            if !size.is_multiple_of(u64::from(SECTOR_SIZE)) {
                 return refuse("local size", size, "must be a multiple of 4 KiB");
             }
             if size > i64::MAX as u64 - VIRTUAL_BASE - self.virtual_size {
