@@ -9,16 +9,20 @@
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+mod cache;
 mod chunk;
 mod digest;
 mod error;
 mod source;
 mod url;
 
+pub use cache::{
+    Cache, CacheOptions, CacheStats, CachedDevice, CheckReport, ErrorCounts, Importer, Progress, ReadAhead,
+};
 pub use chunk::{
     ChunkReceiver, ChunkSender, ChunkSource, FetchCost, WholeSource, chunk_channel, collect_chunks,
 };
 pub use digest::{BadDigest, Digest};
 pub use error::{Error, Result};
-pub use source::{ByteSource, ByteStream, Pin, WireCounters, WireTotals};
+pub use source::{ByteSource, ByteStream, FileSource, Pin, WireCounters, WireTotals};
 pub use url::SourceUrl;

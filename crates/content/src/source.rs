@@ -1,12 +1,16 @@
 //! [`ByteSource`]: one pinned version of one object, read by offset or as a stream.
 
+mod file;
+
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{Result, SourceUrl};
+pub use file::FileSource;
+
+use crate::{Error, Result, SourceUrl};
 
 /// Bytes as they come, in order; ends after the last one that was asked for, or with an error.
 pub type ByteStream = BoxStream<'static, Result<Bytes>>;
@@ -97,5 +101,14 @@ impl WireCounters {
             requests: self.requests.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
         }
+    }
+}
+
+/// # Errors
+/// [`Error::OutOfBounds`] for a range that is not inside an object of `end` bytes.
+fn out_of_bounds(url: &SourceUrl, offset: u64, length: u64, end: u64) -> Result<()> {
+    match offset.checked_add(length) {
+        Some(last) if last <= end => Ok(()),
+        _ => Err(Error::OutOfBounds { url: url.to_string(), offset, length, end }),
     }
 }

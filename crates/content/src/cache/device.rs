@@ -1,0 +1,165 @@
+//! [`CachedDevice`]: one content as a read-only block device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use loam_block::{
+    BlockDevice, Capabilities, Error as BlockError, ErrorKind, Extent, ExtentKind, Geometry, Io, WriteFlags,
+    ZeroFlags, check_range, whole_device_as,
+};
+
+use super::content::Content;
+use super::counters::count;
+use super::flight::Flight;
+use super::store::Local;
+use crate::chunk::BLOCK_BYTES;
+use crate::{ChunkSource, Error, Result};
+
+/// The longest read in one piece, in bytes.
+const READ_BYTES_MAX: u32 = 4 << 20;
+
+/// A content of the cache. Offsets and lengths of reads are multiples of 4 KiB, the unit that is verified. Cheap to
+/// clone; the content is in use until the last clone goes.
+pub struct CachedDevice {
+    pub(super) content: Arc<Content>,
+}
+
+impl Clone for CachedDevice {
+    fn clone(&self) -> CachedDevice {
+        CachedDevice::new(self.content.clone())
+    }
+}
+
+impl Drop for CachedDevice {
+    fn drop(&mut self) {
+        self.content.give_handle_back();
+    }
+}
+
+impl CachedDevice {
+    pub(super) fn new(content: Arc<Content>) -> CachedDevice {
+        content.take_handle();
+        CachedDevice { content }
+    }
+
+    /// What materialises the chunks.
+    pub fn source(&self) -> &Arc<dyn ChunkSource> {
+        &self.content.source
+    }
+
+    /// Bytes that are local.
+    pub fn local_bytes(&self) -> u64 {
+        self.content.shelf.store.present().1
+    }
+
+    /// Digests that were recorded because nobody gave them in advance.
+    pub fn recorded_digests(&self) -> u64 {
+        self.content.digests.len()
+    }
+
+    /// Stores a chunk that the caller has at hand, checked like one that was fetched. A chunk that is there already, or
+    /// on the way, is left alone, and one that finds no room is not kept.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] and [`Error::OtherBytes`] for bytes that are not the chunk's; [`Error::OutOfBounds`].
+    pub async fn fill(&self, chunk: u64, bytes: &[u8]) -> Result<()> {
+        let content = &self.content;
+        let chunks = content.shape().chunks();
+        if chunk >= chunks {
+            let shape = content.shape();
+            let offset = chunk.saturating_mul(shape.chunk_bytes());
+            let (url, length) = (content.name().to_owned(), bytes.len() as u64);
+            return Err(Error::OutOfBounds { url, offset, length, end: shape.length });
+        }
+        let flight = {
+            let mut flights = content.shelf.flights();
+            if flights.contains_key(&chunk) || content.shelf.store.is_present(chunk) {
+                return Ok(());
+            }
+            Flight::start(&content.shelf, &mut flights, chunk, false)
+        };
+        let waiter = flight.waiter();
+        let (content, bytes) = (content.clone(), Bytes::copy_from_slice(bytes));
+        // Spawned, so that a caller that goes away does not leave a record of digests half made.
+        let landed = tokio::spawn(async move { content.land(vec![(flight, bytes)]).await });
+        super::fetch::joined(landed.await, "storing a chunk")?;
+        waiter.wait().await.map(|_| ())
+    }
+
+    /// The chunks that a range of bytes touches.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`].
+    pub(super) fn chunks(&self, range: &Range<u64>) -> Result<Range<u64>> {
+        let shape = self.content.shape();
+        if range.start > range.end || range.end > shape.length {
+            let (offset, length) = (range.start, range.end.saturating_sub(range.start));
+            let url = self.content.name().to_owned();
+            return Err(Error::OutOfBounds { url, offset, length, end: shape.length });
+        }
+        if range.is_empty() {
+            return Ok(0..0);
+        }
+        Ok(shape.chunk_of(range.start)..shape.chunk_of(range.end - 1) + 1)
+    }
+}
+
+fn read_only<T>() -> Io<'static, T> {
+    Io::Ready(Err(BlockError::new(ErrorKind::ReadOnly, "write to a cached content: it is read-only")))
+}
+
+impl BlockDevice for CachedDevice {
+    fn geometry(&self) -> Geometry {
+        let shape = self.content.shape();
+        Geometry {
+            size: shape.length,
+            minimum_block: BLOCK_BYTES as u32,
+            preferred_block: shape.chunk_bytes() as u32,
+            maximum_block: READ_BYTES_MAX,
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { multi_connection: true, ..Capabilities::default() }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
+        if let Err(error) = check_range(&self.geometry(), "read", offset, buffer.len() as u64) {
+            return Io::Ready(Err(error));
+        }
+        if buffer.is_empty() {
+            return Io::Ready(Ok(()));
+        }
+        if self.content.shelf.store.try_read(offset, buffer) == Local::Hit {
+            count(&self.content.shared.counters.hits, 1);
+            return Io::Ready(Ok(()));
+        }
+        Io::pending(async move {
+            self.content.clone().read_slow(offset, buffer).await.map_err(|error| {
+                let kind = error.kind();
+                BlockError::with_source(kind, error.to_string(), error)
+            })
+        })
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _data: &'a [u8], _flags: WriteFlags) -> Io<'a, ()> {
+        read_only()
+    }
+
+    fn write_zeroes(&self, _offset: u64, _length: u64, _flags: ZeroFlags) -> Io<'_, ()> {
+        read_only()
+    }
+
+    fn trim(&self, _offset: u64, _length: u64) -> Io<'_, ()> {
+        read_only()
+    }
+
+    fn flush(&self) -> Io<'_, ()> {
+        Io::Ready(Ok(()))
+    }
+
+    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
+        Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
+    }
+}

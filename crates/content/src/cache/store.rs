@@ -1,0 +1,402 @@
+//! [`Store`]: the files of one content and the tables that say which of their blocks can be believed.
+//!
+//! `data` mirrors the content byte for byte and is sparse; `table` holds a state byte for each chunk and a checksum for
+//! each block. Nothing is synced when a chunk is stored: the state says that a chunk was stored, the checksums say
+//! whether it (still) is what was stored. So a reader believes nothing but bytes whose checksums match, and whatever a
+//! power cut makes of the three writes, in any order, is found out and fetched again.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::layout::{self, HEADER_BYTES, Shape};
+use super::paged::Paged;
+use crate::chunk::BLOCK_BYTES;
+use crate::{Error, Result};
+
+/// The chunk was stored. On disk.
+pub(crate) const PRESENT: u8 = 1;
+/// The chunk is not to be evicted. On disk.
+pub(crate) const PINNED: u8 = 2;
+/// The chunk was read since the clock's hand passed it. In memory alone.
+pub(crate) const ACCESSED: u8 = 4;
+const ON_DISK: u8 = PRESENT | PINNED;
+
+const STATE_PAGE: usize = 4096;
+const SUM_PAGE: usize = 1024;
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// What came of a read of local bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Local {
+    /// The buffer is filled with verified bytes.
+    Hit,
+    /// A chunk is not there.
+    Absent,
+    /// It is there but must be waited for: ask again from a thread that may block.
+    Slow,
+    /// This block's bytes do not match its checksum, or cannot be read. It may be that the chunk was just evicted; only
+    /// who holds the chunk's flight can tell.
+    Suspect(u64),
+}
+
+#[derive(Debug)]
+struct Files {
+    data: File,
+    table: File,
+    /// `data` lies on a filesystem whose reads never wait, but which does not know RWF_NOWAIT.
+    in_memory: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Store {
+    directory: PathBuf,
+    key: String,
+    shape: Shape,
+    salt: u32,
+    states: Paged<AtomicU8, STATE_PAGE>,
+    sums: Paged<AtomicU32, SUM_PAGE>,
+    files: OnceLock<Files>,
+    /// The filesystem refused RWF_NOWAIT: reads go to a thread that may block.
+    no_nowait: AtomicBool,
+}
+
+/// The checksum of a block as it stands in the table.
+pub(super) fn checksum(salt: u32, block: u64, bytes: &[u8]) -> u32 {
+    // The block's number goes in as the initial value: a block that lies in a wrong place does not match. 0 says that
+    // there is none, so a sum that is 0 is stored as 1.
+    crc32c::crc32c_append(salt ^ block as u32, bytes).max(1)
+}
+
+impl Store {
+    /// Opens the content that lies in `directory`, or `None` where there is none that can be used.
+    pub(crate) fn load(directory: &Path) -> Result<Option<Store>> {
+        let path = directory.join("table");
+        let failed = |source| Error::io(format!("reading {}", path.display()), source);
+        let table = match File::open(&path) {
+            Ok(table) => table,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut header = [0; HEADER_BYTES];
+        match table.read_exact_at(&mut header, 0) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        }
+        let Some((key, shape, salt)) = layout::decode_header(&header) else { return Ok(None) };
+        if table.metadata().map_err(failed)?.len() != shape.table_bytes() {
+            return Ok(None);
+        }
+        let store = Store::with_empty_tables(directory, &key, shape, salt);
+        store.load_states(&table).map_err(failed)?;
+        Ok(Some(store))
+    }
+
+    /// Makes the files of a content anew, whatever lay there.
+    pub(crate) fn create(directory: &Path, key: &str, shape: Shape) -> Result<Store> {
+        let failed = |source| Error::io(format!("creating {}", directory.display()), source);
+        let create = |name: &str| {
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(directory.join(name))
+        };
+        fs::create_dir_all(directory).map_err(failed)?;
+        let data = create("data").map_err(failed)?;
+        let table = create("table").map_err(failed)?;
+        data.set_len(shape.length).map_err(failed)?;
+        table.set_len(shape.table_bytes()).map_err(failed)?;
+        let salt = layout::salt_of(key);
+        table.write_all_at(&layout::encode_header(key, shape, salt), 0).map_err(failed)?;
+        Ok(Store::with_empty_tables(directory, key, shape, salt))
+    }
+
+    fn with_empty_tables(directory: &Path, key: &str, shape: Shape, salt: u32) -> Store {
+        Store {
+            directory: directory.to_owned(),
+            key: key.to_owned(),
+            shape,
+            salt,
+            states: Paged::new(shape.chunks()),
+            sums: Paged::new(shape.blocks()),
+            files: OnceLock::new(),
+            no_nowait: AtomicBool::new(false),
+        }
+    }
+
+    fn load_states(&self, table: &File) -> io::Result<()> {
+        let end = Shape::state_offset(self.shape.chunks());
+        let mut at = Shape::state_offset(0);
+        // A content of many chunks of which few are there: its holes are not read.
+        while at < end {
+            at = match rustix::fs::seek(table, rustix::fs::SeekFrom::Data(at)) {
+                Ok(data) if data < end => data - data % STATE_PAGE as u64,
+                Ok(_) | Err(Errno::NXIO) => break,
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+                Err(error) => return Err(error.into()),
+            };
+            let mut bytes = [0; STATE_PAGE];
+            let size = (end - at).min(STATE_PAGE as u64) as usize;
+            table.read_exact_at(&mut bytes[..size], at)?;
+            if bytes.iter().any(|state| state & ON_DISK != 0) {
+                let page = (at / STATE_PAGE as u64 - 1) as usize;
+                self.states.set(page, || Box::new(bytes.map(|state| AtomicU8::new(state & ON_DISK))));
+            }
+            at += STATE_PAGE as u64;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn key(&self) -> &str {
+        &self.key
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Opens the files, so that [`Store::try_read`] finds them open.
+    pub(crate) fn open_files(&self) -> Result<()> {
+        self.files()
+            .map(|_| ())
+            .map_err(|source| Error::io(format!("opening {}", self.directory.display()), source))
+    }
+
+    fn files(&self) -> io::Result<&Files> {
+        if let Some(files) = self.files.get() {
+            return Ok(files);
+        }
+        let open = |name: &str| OpenOptions::new().read(true).write(true).open(self.directory.join(name));
+        let data = open("data")?;
+        if data.metadata()?.len() != self.shape.length {
+            data.set_len(self.shape.length)?;
+        }
+        /// `linux/magic.h`.
+        const TMPFS_MAGIC: u64 = 0x0102_1994;
+        let in_memory = rustix::fs::fstatfs(&data)?.f_type as u64 == TMPFS_MAGIC;
+        let files = Files { data, table: open("table")?, in_memory };
+        Ok(self.files.get_or_init(|| files))
+    }
+
+    fn state(&self, chunk: u64) -> u8 {
+        self.states.get(chunk).map_or(0, |state| state.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn is_present(&self, chunk: u64) -> bool {
+        self.state(chunk) & PRESENT != 0
+    }
+
+    /// Present chunks and their bytes.
+    pub(crate) fn present(&self) -> (u64, u64) {
+        let last = self.shape.chunks() - 1;
+        let mut count = 0;
+        for page in (0..self.states.pages()).filter_map(|page| self.states.page(page)) {
+            count += page.iter().filter(|state| state.load(Ordering::Relaxed) & PRESENT != 0).count() as u64;
+        }
+        let missing =
+            if self.is_present(last) { self.shape.chunk_bytes() - self.shape.bytes_of(last) } else { 0 };
+        (count, count * self.shape.chunk_bytes() - missing)
+    }
+
+    /// The first chunk at or behind `from` whose state has a bit of `mask`, pages that hold none skipped.
+    pub(crate) fn next_with(&self, from: u64, mask: u8) -> Option<u64> {
+        let first = Paged::<AtomicU8, STATE_PAGE>::page_of(from);
+        for index in first..self.states.pages() {
+            let Some(page) = self.states.page(index) else { continue };
+            let base = (index * STATE_PAGE) as u64;
+            let skip = from.saturating_sub(base) as usize;
+            let found = page[skip..].iter().position(|state| state.load(Ordering::Relaxed) & mask != 0);
+            if let Some(found) = found {
+                return Some(base + (skip + found) as u64);
+            }
+        }
+        None
+    }
+
+    /// The clock's look at a chunk: what its state was, the accessed bit taken away.
+    pub(crate) fn take_accessed(&self, chunk: u64) -> u8 {
+        self.states.get(chunk).map_or(0, |state| state.fetch_and(!ACCESSED, Ordering::Relaxed))
+    }
+
+    /// Fills `buffer` (not empty, whole blocks, inside the content) if that needs no waiting. Takes no lock and
+    /// allocates nothing.
+    pub(crate) fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Local {
+        let Some(files) = self.files.get() else { return Local::Slow };
+        let last = self.shape.chunk_of(offset + buffer.len() as u64 - 1);
+        let mut chunks = self.shape.chunk_of(offset)..=last;
+        if !chunks.all(|chunk| self.is_present(chunk)) {
+            return Local::Absent;
+        }
+        if !self.no_nowait.load(Ordering::Relaxed) {
+            let read = rustix::io::preadv2(
+                &files.data,
+                &mut [IoSliceMut::new(buffer)],
+                offset,
+                ReadWriteFlags::NOWAIT,
+            );
+            match read {
+                Ok(count) if count == buffer.len() => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.no_nowait.store(true, Ordering::Relaxed),
+                _ => return Local::Slow,
+            }
+        }
+        if self.no_nowait.load(Ordering::Relaxed)
+            && (!files.in_memory || files.data.read_exact_at(buffer, offset).is_err())
+        {
+            return Local::Slow;
+        }
+        self.verify(offset, buffer)
+    }
+
+    /// The same from a thread that may block.
+    ///
+    /// # Errors
+    /// Those of the table; bytes that cannot be read are [`Local::Suspect`].
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Local> {
+        let files = self.files()?;
+        let end = offset + buffer.len() as u64;
+        if !(self.shape.chunk_of(offset)..=self.shape.chunk_of(end - 1)).all(|chunk| self.is_present(chunk)) {
+            return Ok(Local::Absent);
+        }
+        self.load_sums(files, offset / BLOCK_BYTES, end / BLOCK_BYTES)?;
+        if let Err(error) = files.data.read_exact_at(buffer, offset) {
+            tracing::warn!(content = self.key, offset, %error, "a cached chunk cannot be read");
+            return Ok(Local::Suspect(offset / BLOCK_BYTES));
+        }
+        Ok(self.verify(offset, buffer))
+    }
+
+    fn verify(&self, offset: u64, buffer: &[u8]) -> Local {
+        let first = offset / BLOCK_BYTES;
+        for (block, bytes) in (first..).zip(buffer.chunks_exact(BLOCK)) {
+            let Some(sum) = self.sums.get(block) else { return Local::Slow };
+            if sum.load(Ordering::Acquire) != checksum(self.salt, block, bytes) {
+                return Local::Suspect(block);
+            }
+        }
+        let last = self.shape.chunk_of(offset + buffer.len() as u64 - 1);
+        for chunk in self.shape.chunk_of(offset)..=last {
+            if let Some(state) = self.states.get(chunk) {
+                // A store only where it changes something: the line stays shared between cores.
+                if state.load(Ordering::Relaxed) & ACCESSED == 0 {
+                    state.fetch_or(ACCESSED, Ordering::Relaxed);
+                }
+            }
+        }
+        Local::Hit
+    }
+
+    /// Brings the pages with the sums of `first..end` into memory.
+    fn load_sums(&self, files: &Files, first: u64, end: u64) -> io::Result<()> {
+        for page in
+            Paged::<AtomicU32, SUM_PAGE>::page_of(first)..=Paged::<AtomicU32, SUM_PAGE>::page_of(end - 1)
+        {
+            if self.sums.page(page).is_some() {
+                continue;
+            }
+            let block = (page * SUM_PAGE) as u64;
+            let count = (self.shape.blocks() - block).min(SUM_PAGE as u64) as usize;
+            let mut bytes = [0; SUM_PAGE * 4];
+            files.table.read_exact_at(&mut bytes[..count * 4], self.shape.sum_offset(block))?;
+            self.sums.set(page, || {
+                Box::new(std::array::from_fn(|at| {
+                    let at = at * 4;
+                    AtomicU32::new(u32::from_le_bytes([
+                        bytes[at],
+                        bytes[at + 1],
+                        bytes[at + 2],
+                        bytes[at + 3],
+                    ]))
+                }))
+            });
+        }
+        Ok(())
+    }
+
+    /// Stores a chunk that is not present. Who calls holds the chunk's flight; `bytes` are verified and as long as the
+    /// chunk. Blocks.
+    ///
+    /// # Errors
+    /// After an error the chunk is not present.
+    pub(crate) fn fill(&self, chunk: u64, bytes: &[u8]) -> io::Result<()> {
+        assert_eq!(bytes.len() as u64, self.shape.bytes_of(chunk), "a chunk is stored whole");
+        let files = self.files()?;
+        let start = self.shape.start(chunk);
+        let first = start / BLOCK_BYTES;
+        self.load_sums(files, first, first + bytes.len() as u64 / BLOCK_BYTES)?;
+        files.data.write_all_at(bytes, start)?;
+        let mut sums = Vec::with_capacity(bytes.len() / BLOCK * 4);
+        for (block, bytes) in (first..).zip(bytes.chunks_exact(BLOCK)) {
+            let sum = checksum(self.salt, block, bytes);
+            if let Some(slot) = self.sums.get(block) {
+                slot.store(sum, Ordering::Release);
+            }
+            sums.extend_from_slice(&sum.to_le_bytes());
+        }
+        files.table.write_all_at(&sums, self.shape.sum_offset(first))?;
+        let old = self.change_state(chunk, |state| state.fetch_or(PRESENT, Ordering::Release));
+        let stored = files.table.write_all_at(&[(old | PRESENT) & ON_DISK], Shape::state_offset(chunk));
+        if stored.is_err() {
+            self.change_state(chunk, |state| state.fetch_and(!PRESENT, Ordering::Release));
+        }
+        stored
+    }
+
+    /// Forgets present chunks and gives their room back. Who calls keeps flights of these chunks from starting, or
+    /// holds them. Readers that are at it find that the sums do not match. Blocks.
+    pub(crate) fn drop_run(&self, first: u64, count: u64) {
+        let mut states = Vec::with_capacity(count as usize);
+        for chunk in first..first + count {
+            let old =
+                self.change_state(chunk, |state| state.fetch_and(!(PRESENT | ACCESSED), Ordering::AcqRel));
+            states.push(old & ON_DISK & !PRESENT);
+        }
+        let start = self.shape.start(first);
+        let end = self.shape.length.min(self.shape.start(first + count));
+        let dropped = self.files().and_then(|files| {
+            // A state that stays behind on disk is found out by the checksums.
+            let stated = files.table.write_all_at(&states, Shape::state_offset(first));
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&files.data, flags, start, end - start)?;
+            stated
+        });
+        if let Err(error) = dropped {
+            tracing::warn!(content = self.key, %error, "room of dropped chunks was not given back");
+        }
+    }
+
+    /// Sets or clears the pinned bit of a run and makes that durable. Blocks.
+    pub(crate) fn set_pinned(&self, first: u64, count: u64, pinned: bool) -> io::Result<()> {
+        let files = self.files()?;
+        let mut at = first;
+        while at < first + count {
+            let run = (first + count - at).min(STATE_PAGE as u64);
+            let states: Vec<u8> = (at..at + run)
+                .map(|chunk| {
+                    self.change_state(chunk, |state| match pinned {
+                        true => state.fetch_or(PINNED, Ordering::AcqRel) | PINNED,
+                        false => state.fetch_and(!PINNED, Ordering::AcqRel) & !PINNED,
+                    }) & ON_DISK
+                })
+                .collect();
+            files.table.write_all_at(&states, Shape::state_offset(at))?;
+            at += run;
+        }
+        files.table.sync_data()
+    }
+
+    fn change_state(&self, chunk: u64, change: impl FnOnce(&AtomicU8) -> u8) -> u8 {
+        let page = Paged::<AtomicU8, STATE_PAGE>::page_of(chunk);
+        let page = self.states.set(page, || Box::new(std::array::from_fn(|_| AtomicU8::new(0))));
+        change(&page[(chunk % STATE_PAGE as u64) as usize])
+    }
+}
