@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::leaks;
+use crate::{FileServer, leaks, tarball};
 
 /// A pool's local device in tests: sparse, so the size costs nothing.
 const LOCAL_SIZE: &str = "4GiB";
@@ -159,6 +159,29 @@ impl Loam {
         self.lazy_mounts.lock().unwrap().push(target.clone());
         self.run([OsStr::new("mount"), OsStr::new(source), target.as_os_str()]).ok();
         target
+    }
+
+    /// Packs `tree`, indexes the tar and serves both; returns the source to add or mount.
+    pub fn publish(&self, server: &FileServer, tree: &Path, name: &str) -> String {
+        let (tar, index) = (self.path(format!("{name}.tar")), self.path(format!("{name}.tar.loam")));
+        tarball::pack(tree, &tar);
+        self.run(["index", &format!("tar:{}", tar.display()), "-o", &index.display().to_string()]).ok();
+        server.put(&format!("{name}.tar"), std::fs::read(&tar).unwrap());
+        server.put(&format!("{name}.tar.loam"), std::fs::read(&index).unwrap());
+        format!("tar:{}", server.url(&format!("{name}.tar")))
+    }
+
+    /// The path of an image or container, as `show` says.
+    pub fn path_of(&self, name: &str) -> PathBuf {
+        let shown = self.run(["show", name, "--json"]).json();
+        PathBuf::from(shown["path"].as_str().unwrap_or_else(|| panic!("no path in {shown}")))
+    }
+
+    /// Counters of what went wrong, added up.
+    pub fn errors(&self) -> u64 {
+        let status = self.status();
+        let errors = status["errors"].as_object().unwrap_or_else(|| panic!("no errors in {status}"));
+        errors.values().map(|count| count.as_u64().expect("counters are integers")).sum()
     }
 
     /// `loam status --json`.

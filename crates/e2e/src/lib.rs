@@ -13,7 +13,9 @@ pub mod disk;
 mod harness;
 mod http;
 mod leaks;
+mod reader;
 pub mod tarball;
 
 pub use harness::{Loam, Outcome, binary, require_root, wait_until};
 pub use http::{Counters, FileServer, Request};
+pub use reader::{BLOCK, drop_page_cache, read_direct};
