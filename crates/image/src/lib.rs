@@ -8,12 +8,15 @@
 
 mod build;
 mod content;
+pub mod create;
 mod decode;
 pub mod entry;
 mod error;
 mod feed;
 pub mod index;
 mod layout;
+mod loaded;
+mod source;
 mod spec;
 mod tar;
 mod tree;
@@ -27,4 +30,6 @@ pub use decode::Compression;
 pub use entry::{Entry, EntryKind, Metadata, Run, Time, Xattr};
 pub use error::{Error, Result};
 pub use index::{Blob, BlobKind, Entries, Index, Piece};
+pub use loaded::LoadedTree;
+pub use source::ImageSource;
 pub use spec::SourceSpec;

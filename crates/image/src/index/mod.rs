@@ -21,7 +21,6 @@ pub use entries::Entries;
 pub use format::{
     BLOBS_MAX, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, CHUNKS_MAX, INDEX_BYTES_MAX, PIECES_MAX, VERSION,
 };
-pub(crate) use tables::is_safe_path;
 pub use tables::{Blob, BlobKind, Piece};
 pub use write::{FileExtent, IndexWriter, NewEntry, NewKind};
 
