@@ -29,6 +29,9 @@ pub enum Error {
         "this kernel cannot resend FUSE requests (FUSE_HAS_RESEND, Linux 6.9): unmount, and start afresh"
     )]
     CannotResend,
+    /// Nobody kept the descriptors of the process that has gone.
+    #[error("nobody kept the descriptors of the process that served this device: unmount, and start afresh")]
+    NotKept,
     /// What was saved does not belong to what was found.
     #[error("cannot take over the attachment: {0}")]
     Mismatch(String),

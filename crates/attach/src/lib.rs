@@ -8,6 +8,7 @@
 
 mod error;
 pub mod fuse;
+pub mod holder;
 mod local;
 mod loop_transport;
 

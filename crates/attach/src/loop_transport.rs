@@ -9,7 +9,7 @@
 
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,10 +22,15 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use crate::fuse::{self, Negotiated, Server, ServerOptions, Stats};
+use crate::holder::FdStore;
 use crate::{Error, Result};
 
 /// How long transient openers (udev's probes) may take to close a device that is being detached.
 pub(crate) const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// What the /dev/fuse descriptor is stored under. Who keeps a duplicate makes readers wait, where they would fail.
+const CHANNEL_NAME: &str = "fuse";
+/// What the loop device's descriptor is stored under. After the other in the alphabet: holders let go in that order.
+const LOOP_NAME: &str = "loop";
 /// Device number of /dev/fuse (`include/linux/miscdevice.h`).
 const FUSE_RDEV: (u32, u32) = (10, 229);
 /// The largest device: sizes are signed in the kernel, and its last page must be addressable.
@@ -83,7 +88,8 @@ fn file_name(id: Uuid) -> String {
 pub struct LoopTransport;
 
 impl LoopTransport {
-    /// Attaches `device`, read-only, under a new loop device. Reads that must wait run on `runtime`.
+    /// Attaches `device`, read-only, under a new loop device. Reads that must wait run on `runtime`. What another process
+    /// needs to take over is put into `store`.
     ///
     /// # Errors
     /// [`Error::Unsuitable`] when the size is not a multiple of the block size or too large; [`Error::System`] without
@@ -92,6 +98,7 @@ impl LoopTransport {
         device: Arc<dyn BlockDevice>,
         runtime: Handle,
         options: &AttachOptions,
+        store: &FdStore,
     ) -> Result<Attachment> {
         let size = device.geometry().size;
         if size == 0 || size > SIZE_MAX || !size.is_multiple_of(u64::from(options.block_size.max(512))) {
@@ -121,31 +128,34 @@ impl LoopTransport {
         if !loop_device.direct_io() {
             tracing::warn!(device = %loop_device.path().display(), "loop goes through the page cache: slower");
         }
+        store.store(CHANNEL_NAME, server.channel())?;
+        store.store(LOOP_NAME, loop_device.as_fd())?;
         Ok(Attachment { state, server, loop_device: Some(loop_device) })
     }
 
-    /// Goes on serving an attachment whose process has gone, with the descriptors that were kept: `channel` as
-    /// [`Attachment::channel`] gave it, and the loop device's. Every read that the other process left unanswered is
-    /// answered now.
+    /// Goes on serving an attachment whose process has gone, with the descriptors that `store` kept. Every read that the
+    /// other process left unanswered is answered now.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] when the descriptors, the device and `state` do not belong together;
-    /// [`Error::CannotResend`] on kernels before 6.9.
+    /// [`Error::NotKept`] when the store has no descriptors; [`Error::Mismatch`] when they, the device and `state` do not
+    /// belong together; [`Error::CannotResend`] on kernels before 6.9.
     pub fn resume(
         device: Arc<dyn BlockDevice>,
         runtime: Handle,
         options: &AttachOptions,
         state: SavedState,
-        channel: OwnedFd,
-        loop_device: OwnedFd,
+        store: &FdStore,
     ) -> Result<Attachment> {
         let size = device.geometry().size;
         if size != state.size {
             let sizes = format!("the device has {size} bytes, the attached one {}", state.size);
             return Err(Error::Mismatch(sizes));
         }
+        let (Some(channel), Some(loop_device)) = (store.take(CHANNEL_NAME), store.take(LOOP_NAME)) else {
+            return Err(Error::NotKept);
+        };
         check_channel(channel.as_fd())?;
-        let loop_device = LoopDevice::from_fd(loop_device)?;
+        let loop_device = above(LoopDevice::from_fd(loop_device)?, channel.as_fd())?;
         let backing = loopdev::backing_file(loop_device.number());
         if loop_device.number() != state.loop_number || backing.as_ref() != Some(&state.backing_file()) {
             let found = format!("{} with backing file {backing:?}", loop_device.path().display());
@@ -250,28 +260,18 @@ impl Attachment {
         &self.state
     }
 
-    /// The /dev/fuse descriptor: who keeps a duplicate keeps readers waiting instead of failing when this process dies.
-    pub fn channel(&self) -> BorrowedFd<'_> {
-        self.server.channel()
-    }
-
-    /// The loop device's descriptor, to be kept with [`Attachment::channel`]; `None` once detached.
-    pub fn loop_device(&self) -> Option<BorrowedFd<'_>> {
-        self.loop_device.as_ref().map(AsFd::as_fd)
-    }
-
     /// Counters of the FUSE server.
     pub fn stats(&self) -> Stats {
         self.server.stats()
     }
 
-    /// Removes the loop device, ends the FUSE connection and its threads. Whoever holds duplicates of the loop device's
-    /// descriptor must close them first. May be called again after an error.
+    /// Removes the loop device, ends the FUSE connection and its threads, and clears `store` of both. May be called
+    /// again after an error.
     ///
     /// # Errors
     /// [`Error::Busy`] while it is mounted: nothing has changed then, and it is still served. [`Error::StillOpen`] when
     /// somebody else keeps it open: it is served until they close it.
-    pub fn detach(&mut self) -> Result<()> {
+    pub fn detach(&mut self, store: &FdStore) -> Result<()> {
         let path = self.device_path();
         let backing = self.state.backing_file();
         if let Some(device) = &self.loop_device {
@@ -279,6 +279,12 @@ impl Attachment {
             device.clear()?;
         }
         self.loop_device = None;
+        // A holder's duplicates would keep both alive. One that has gone keeps nothing.
+        for name in [LOOP_NAME, CHANNEL_NAME] {
+            if let Err(error) = store.remove(name) {
+                tracing::debug!(%error, name, "cannot clear the descriptor store");
+            }
+        }
         let gone = loopdev::wait_gone(self.state.loop_number, &backing, DETACH_TIMEOUT);
         if !gone || !self.server.wait(DETACH_TIMEOUT) {
             return Err(Error::StillOpen { device: path });

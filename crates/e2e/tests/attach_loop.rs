@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use attach_common::{Aligned, HUGE, TestDevice, VIRTUAL_BASE, open_direct, read_pattern, resources, runtime};
+use loam_attach::holder::FdStore;
 use loam_attach::{AttachOptions, Error, FileAttachment, FileOptions, LoopTransport};
 use loam_block::BlockDevice;
 use loam_e2e::require_root;
@@ -25,9 +26,13 @@ fn a_device_of_four_exbibytes_reads_right_and_detaches_without_a_trace() {
     // Threads of the runtime are started lazily; the second round shows what attaching itself leaves.
     let mut before = resources();
     for round in 0..3 {
-        let mut attachment =
-            LoopTransport::attach(device.clone(), runtime.handle().clone(), &AttachOptions::default())
-                .unwrap();
+        let mut attachment = LoopTransport::attach(
+            device.clone(),
+            runtime.handle().clone(),
+            &AttachOptions::default(),
+            &FdStore::none(),
+        )
+        .unwrap();
         assert_eq!(LoopTransport::find(attachment.state()).unwrap(), Some(attachment.state().loop_number));
         let path = attachment.device_path();
         let file = open_direct(&path);
@@ -42,7 +47,7 @@ fn a_device_of_four_exbibytes_reads_right_and_detaches_without_a_trace() {
         assert!(stats.hits > 0 && stats.errors == 0 && stats.protocol_errors == 0, "{stats:?}");
         drop(file);
         let state = attachment.state().clone();
-        attachment.detach().unwrap();
+        attachment.detach(&FdStore::none()).unwrap();
         drop(attachment);
         assert_eq!(LoopTransport::find(&state).unwrap(), None);
         assert!(!LoopTransport::remove(&state).unwrap());
@@ -58,8 +63,13 @@ fn an_error_of_the_device_reaches_the_reader_and_a_later_read_succeeds() {
     require_root();
     let runtime = runtime();
     let device = Arc::new(TestDevice::new(HUGE));
-    let mut attachment =
-        LoopTransport::attach(device.clone(), runtime.handle().clone(), &AttachOptions::default()).unwrap();
+    let mut attachment = LoopTransport::attach(
+        device.clone(),
+        runtime.handle().clone(),
+        &AttachOptions::default(),
+        &FdStore::none(),
+    )
+    .unwrap();
     let file = open_direct(&attachment.device_path());
     let mut buffer = Aligned::new(4096);
     for flag in [&device.broken, &device.panics] {
@@ -71,7 +81,7 @@ fn an_error_of_the_device_reaches_the_reader_and_a_later_read_succeeds() {
     }
     assert!(attachment.stats().errors >= 2);
     drop(file);
-    attachment.detach().unwrap();
+    attachment.detach(&FdStore::none()).unwrap();
 }
 
 #[test]
@@ -80,7 +90,8 @@ fn writes_are_refused() {
     let runtime = runtime();
     let device = Arc::new(TestDevice::new(HUGE));
     let mut attachment =
-        LoopTransport::attach(device, runtime.handle().clone(), &AttachOptions::default()).unwrap();
+        LoopTransport::attach(device, runtime.handle().clone(), &AttachOptions::default(), &FdStore::none())
+            .unwrap();
     let path = attachment.device_path();
     match OpenOptions::new().write(true).open(&path) {
         // EPERM, EACCES or EROFS, depending on the kernel.
@@ -90,7 +101,7 @@ fn writes_are_refused() {
             assert!(matches!(error.raw_os_error(), Some(1 | 5 | 30)), "{error}");
         }
     }
-    attachment.detach().unwrap();
+    attachment.detach(&FdStore::none()).unwrap();
 }
 
 #[test]
@@ -99,7 +110,8 @@ fn a_device_that_is_held_is_not_detached_and_goes_on() {
     let runtime = runtime();
     let device = Arc::new(TestDevice::new(HUGE));
     let mut attachment =
-        LoopTransport::attach(device, runtime.handle().clone(), &AttachOptions::default()).unwrap();
+        LoopTransport::attach(device, runtime.handle().clone(), &AttachOptions::default(), &FdStore::none())
+            .unwrap();
     let path = attachment.device_path();
     // What a mount does: claim it exclusively.
     let claim = {
@@ -107,11 +119,11 @@ fn a_device_that_is_held_is_not_detached_and_goes_on() {
         let flags = (rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::EXCL).bits() as i32;
         OpenOptions::new().read(true).custom_flags(flags).open(&path).unwrap()
     };
-    assert!(matches!(attachment.detach().unwrap_err(), Error::Busy { .. }));
+    assert!(matches!(attachment.detach(&FdStore::none()).unwrap_err(), Error::Busy { .. }));
     assert!(matches!(LoopTransport::remove(attachment.state()).unwrap_err(), Error::Busy { .. }));
     read_pattern(&claim, VIRTUAL_BASE, &mut Aligned::new(4096)).unwrap();
     drop(claim);
-    attachment.detach().unwrap();
+    attachment.detach(&FdStore::none()).unwrap();
 }
 
 #[test]
@@ -123,8 +135,13 @@ fn misses_do_not_stand_before_hits() {
         delay: Duration::from_millis(500),
         ..TestDevice::new(HUGE)
     });
-    let mut attachment =
-        LoopTransport::attach(device.clone(), runtime.handle().clone(), &AttachOptions::default()).unwrap();
+    let mut attachment = LoopTransport::attach(
+        device.clone(),
+        runtime.handle().clone(),
+        &AttachOptions::default(),
+        &FdStore::none(),
+    )
+    .unwrap();
     let path = attachment.device_path();
     std::thread::scope(|scope| {
         // Many more than there are threads that serve.
@@ -152,7 +169,7 @@ fn misses_do_not_stand_before_hits() {
     });
     let stats = attachment.stats();
     assert!(stats.misses >= 32 && stats.waiting == 0, "{stats:?}");
-    attachment.detach().unwrap();
+    attachment.detach(&FdStore::none()).unwrap();
 }
 
 #[test]
@@ -166,8 +183,13 @@ fn a_flood_of_slow_reads_is_bounded() {
         delay: Duration::from_millis(1),
         ..TestDevice::new(HUGE)
     });
-    let mut attachment =
-        LoopTransport::attach(device.clone(), runtime.handle().clone(), &AttachOptions::default()).unwrap();
+    let mut attachment = LoopTransport::attach(
+        device.clone(),
+        runtime.handle().clone(),
+        &AttachOptions::default(),
+        &FdStore::none(),
+    )
+    .unwrap();
     let path = attachment.device_path();
     let before = resident_bytes();
     std::thread::scope(|scope| {
@@ -188,7 +210,7 @@ fn a_flood_of_slow_reads_is_bounded() {
     assert_eq!((stats.misses >= READERS * READS, stats.waiting, stats.errors), (true, 0, 0), "{stats:?}");
     assert!(device.most_under_way.load(Ordering::Relaxed) <= 300);
     assert!(grown < 64 << 20, "grew by {grown} bytes");
-    attachment.detach().unwrap();
+    attachment.detach(&FdStore::none()).unwrap();
 }
 
 fn resident_bytes() -> u64 {
@@ -202,7 +224,12 @@ fn a_size_that_loop_would_cut_is_refused() {
     let runtime = runtime();
     for size in [0, 4097, 1 << 63] {
         let device = Arc::new(TestDevice::new(size));
-        let result = LoopTransport::attach(device, runtime.handle().clone(), &AttachOptions::default());
+        let result = LoopTransport::attach(
+            device,
+            runtime.handle().clone(),
+            &AttachOptions::default(),
+            &FdStore::none(),
+        );
         assert!(matches!(result, Err(Error::Unsuitable(_))), "{size}");
     }
 }

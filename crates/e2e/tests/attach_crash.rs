@@ -1,0 +1,218 @@
+//! The serving process is killed under load, over and over: readers wait, and neither an error nor a wrong byte reaches
+//! them. This test program is the worker and the holder too, started again under names of their own.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod attach_common;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use attach_common::{Aligned, HUGE, TestDevice, VIRTUAL_BASE, open_direct, read_pattern, runtime};
+use loam_attach::holder::{Ended, FdStore};
+use loam_attach::{AttachOptions, LoopTransport, SavedState, holder};
+use loam_block::BlockDevice;
+use loam_e2e::{require_root, wait_until};
+use rustix::process::{Pid, Signal};
+
+/// Where worker and holder find the scratch directory of their test.
+const DIRECTORY: &str = "LOAM_E2E_CRASH_DIRECTORY";
+/// Readers at once, each with one read under way.
+const DEPTH: u64 = 64;
+/// Reads from here on take a while.
+const SLOW_FROM: u64 = VIRTUAL_BASE + (1 << 61);
+
+/// This program again, as one of the processes below.
+fn role(name: &str, directory: &Path) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--ignored", "--nocapture", "--quiet"]).env(DIRECTORY, directory);
+    command
+}
+
+fn directory() -> PathBuf {
+    PathBuf::from(std::env::var_os(DIRECTORY).expect("started by the tests below, not by hand"))
+}
+
+#[test]
+#[ignore = "a process that the tests below start"]
+fn holder_process() {
+    let directory = directory();
+    let ended = holder::run(|| role("worker_process", &directory)).unwrap();
+    assert!(matches!(ended, Ended::Worker(status) if status.success()), "{ended:?}");
+}
+
+#[test]
+#[ignore = "a process that the tests below start"]
+fn worker_process() {
+    let directory = directory();
+    let store = FdStore::from_environment().unwrap();
+    let runtime = runtime();
+    let device: Arc<dyn BlockDevice> = Arc::new(TestDevice {
+        slow_from: SLOW_FROM,
+        delay: Duration::from_millis(20),
+        ..TestDevice::new(HUGE)
+    });
+    let state_file = directory.join("state.json");
+    let options = AttachOptions::default();
+    let saved =
+        std::fs::read(&state_file).ok().map(|bytes| serde_json::from_slice::<SavedState>(&bytes).unwrap());
+    let mut attachment = match saved {
+        Some(state) => LoopTransport::resume(device, runtime.handle().clone(), &options, state, &store),
+        None => LoopTransport::attach(device, runtime.handle().clone(), &options, &store),
+    }
+    .unwrap();
+    std::fs::write(directory.join("state.new"), serde_json::to_vec(attachment.state()).unwrap()).unwrap();
+    std::fs::rename(directory.join("state.new"), &state_file).unwrap();
+    store.ready().unwrap();
+    println!("pid {}", std::process::id());
+    wait_until("asked to stop", Duration::from_secs(600), || directory.join("stop").exists());
+    attachment.detach(&store).unwrap();
+    // The test harness's own way out could wait for output that nobody reads.
+    std::process::exit(0);
+}
+
+/// A holder with its worker, and how to kill the latter.
+struct Served {
+    directory: tempfile::TempDir,
+    holder: Child,
+    output: BufReader<std::process::ChildStdout>,
+    state: SavedState,
+}
+
+impl Served {
+    fn start() -> (Served, Pid) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut holder = role("holder_process", directory.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(holder.stdout.take().unwrap());
+        let pid = next_pid(&mut output);
+        let state =
+            serde_json::from_slice(&std::fs::read(directory.path().join("state.json")).unwrap()).unwrap();
+        (Served { directory, holder, output, state }, pid)
+    }
+
+    fn device(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/loop{}", self.state.loop_number))
+    }
+
+    /// Kills the worker and waits for the next to serve.
+    fn kill(&mut self, worker: Pid) -> Pid {
+        rustix::process::kill_process(worker, Signal::KILL).unwrap();
+        next_pid(&mut self.output)
+    }
+
+    fn stop(mut self) {
+        std::fs::write(self.directory.path().join("stop"), "").unwrap();
+        assert!(self.holder.wait().unwrap().success());
+        assert_eq!(LoopTransport::find(&self.state).unwrap(), None);
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // After a failed test: the worker ends by itself, then the holder.
+        let _ = std::fs::write(self.directory.path().join("stop"), "");
+        let _ = self.holder.wait();
+    }
+}
+
+/// The process id that the next worker prints when it serves.
+fn next_pid(output: &mut impl BufRead) -> Pid {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert_ne!(output.read_line(&mut line).unwrap(), 0, "the holder ended");
+        // The test harness prints beside it.
+        if let Some((_, pid)) = line.rsplit_once("pid ") {
+            return Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_hundred_kills_under_load_without_an_error() {
+    require_root();
+    let (mut served, mut worker) = Served::start();
+    let device = served.device();
+    let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+    let longest = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..DEPTH)
+            .map(|reader| {
+                let (device, stop, reads) = (&device, &stop, &reads);
+                scope.spawn(move || {
+                    let file = open_direct(device);
+                    let mut buffer = Aligned::new(4096);
+                    let mut longest = Duration::ZERO;
+                    // One in eight reads of the slow part: killed while it waits.
+                    let base = if reader % 8 == 0 { SLOW_FROM } else { VIRTUAL_BASE };
+                    let mut index = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        let offset = base + (reader << 40) + index * 4096;
+                        let begin = Instant::now();
+                        read_pattern(&file, offset, &mut buffer)
+                            .unwrap_or_else(|error| panic!("reader {reader} at {offset}: {error}"));
+                        longest = longest.max(begin.elapsed());
+                        reads.fetch_add(1, Ordering::Relaxed);
+                        index += 1;
+                    }
+                    longest
+                })
+            })
+            .collect();
+        for _ in 0..100 {
+            let before = reads.load(Ordering::Relaxed);
+            // Longer than what the holder takes for a worker that cannot live.
+            std::thread::sleep(Duration::from_millis(120));
+            worker = served.kill(worker);
+            wait_until("reading goes on", Duration::from_secs(10), || {
+                reads.load(Ordering::Relaxed) > before + DEPTH
+            });
+        }
+        stop.store(true, Ordering::Relaxed);
+        readers.into_iter().map(|reader| reader.join().unwrap()).max().unwrap()
+    });
+    println!("{} reads, the longest took {longest:?}", reads.load(Ordering::Relaxed));
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    served.stop();
+}
+
+#[test]
+fn without_holder_and_worker_the_device_goes_away() {
+    require_root();
+    let (mut served, worker) = Served::start();
+    let device = served.device();
+    read_pattern(&open_direct(&device), 0, &mut Aligned::new(4096)).unwrap();
+    served.holder.kill().unwrap();
+    served.holder.wait().unwrap();
+    // The worker alone still serves.
+    read_pattern(&open_direct(&device), VIRTUAL_BASE, &mut Aligned::new(4096)).unwrap();
+    rustix::process::kill_process(worker, Signal::KILL).unwrap();
+    wait_until("the loop device is free", Duration::from_secs(5), || {
+        LoopTransport::find(&served.state).unwrap().is_none()
+    });
+    assert!(!LoopTransport::remove(&served.state).unwrap());
+}
+
+#[test]
+fn what_everybody_left_open_is_found_and_removed() {
+    require_root();
+    let (mut served, worker) = Served::start();
+    let held = open_direct(&served.device());
+    served.holder.kill().unwrap();
+    served.holder.wait().unwrap();
+    rustix::process::kill_process(worker, Signal::KILL).unwrap();
+    wait_until("reads fail", Duration::from_secs(5), || {
+        read_pattern(&held, VIRTUAL_BASE, &mut Aligned::new(4096)).is_err()
+    });
+    assert_eq!(LoopTransport::find(&served.state).unwrap(), Some(served.state.loop_number));
+    drop(held);
+    LoopTransport::remove(&served.state).unwrap();
+    assert_eq!(LoopTransport::find(&served.state).unwrap(), None);
+}
