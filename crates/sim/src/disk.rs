@@ -162,7 +162,8 @@ impl SimDisk {
     }
 
     /// Operation `number` fails; later ones work again. A write that fails is half there. A sync that fails has lost
-    /// what it should have made durable, and the next sync will not say so, as on Linux.
+    /// what it should have made durable, and the next sync will not say so, as on Linux. A sync of names that fails
+    /// loses nothing: journaling file systems try again or stop taking changes at all.
     pub fn fail_at(&self, number: u64, kind: io::ErrorKind) {
         lock(&self.state).fail_at = Some((number, kind));
     }
@@ -275,12 +276,10 @@ impl SimDisk {
     /// Those that were asked for.
     pub fn sync_names(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
-        let verdict = state.begin()?;
-        let off = state.is_off();
-        let pending = if off { Vec::new() } else { std::mem::take(&mut state.pending_names) };
-        match verdict {
+        match state.begin()? {
             Verdict::Fail(error) => Err(error),
             Verdict::Go => {
+                let pending = std::mem::take(&mut state.pending_names);
                 pending.iter().for_each(|change| apply_names(&mut state.durable_names, change));
                 Ok(())
             }

@@ -5,6 +5,8 @@
 //! says "all before me were durable" proves that a bad frame before it was once good. Each successful sync is
 //! therefore followed by an (unsynced) mark, so that even the last batch of a map that rests is proven durable.
 
+use std::collections::VecDeque;
+
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -245,12 +247,19 @@ pub(crate) struct Reader<'a> {
     pub(crate) at: usize,
     /// What the next frame has to say of itself.
     pub(crate) chain: Chain,
+    /// Number and place of the frames that no later one has called durable.
+    unproven: VecDeque<(u64, usize)>,
 }
 
 impl<'a> Reader<'a> {
     /// A reader of the frames behind `header` in `bytes`, which is the whole log.
     pub(crate) fn new(bytes: &'a [u8], header: &DiskHeader) -> Self {
-        Reader { bytes, at: HEADER_BYTES, chain: Chain::after_header(header) }
+        Reader { bytes, at: HEADER_BYTES, chain: Chain::after_header(header), unproven: VecDeque::new() }
+    }
+
+    /// Where the first frame lies that may not be durable, although it was read.
+    pub(crate) fn unproven_from(&self) -> usize {
+        self.unproven.front().map_or(self.at, |(_, at)| *at)
     }
 
     /// The next record.
@@ -279,6 +288,9 @@ impl<'a> Reader<'a> {
         match parse_payload(frame.kind.get(), payload) {
             Err(what) => Next::Damaged(what),
             Ok(record) => {
+                let durable = self.chain.sequence.saturating_sub(u64::from(frame.unsynced.get()));
+                while self.unproven.pop_front_if(|(number, _)| *number < durable).is_some() {}
+                self.unproven.push_back((self.chain.sequence, self.at));
                 self.at += (FRAME_BYTES + payload.len()).next_multiple_of(ALIGNMENT);
                 self.chain = Chain { sequence, durable: self.chain.durable, previous: frame.crc.get() };
                 Next::Record(record)
@@ -288,24 +300,41 @@ impl<'a> Reader<'a> {
 
     /// The number of an intact frame behind the current one that says that the current one was durable.
     fn proof_of_damage(&self) -> Option<u64> {
-        let positions = (self.at..self.bytes.len()).step_by(ALIGNMENT);
-        let frames = positions.filter_map(|at| intact_frame(self.bytes, at));
-        let mut proofs = frames.filter_map(|(frame, _)| {
+        // An attacker could have each of many frames claim a long payload; this much is hashed, then a frame's own
+        // checksum is proof enough.
+        let mut hashed_bytes_left = self.bytes.len() * 2;
+        for at in (self.at..self.bytes.len()).step_by(ALIGNMENT) {
+            let Some((frame, rest)) = intact_header(self.bytes, at) else { continue };
             let sequence = frame.sequence.get();
-            let durable = sequence.checked_sub(u64::from(frame.unsynced.get()))?;
-            (durable > self.chain.sequence).then_some(sequence)
-        });
-        proofs.next()
+            let durable = sequence.saturating_sub(u64::from(frame.unsynced.get()));
+            if durable <= self.chain.sequence {
+                continue;
+            }
+            let Some(left) = hashed_bytes_left.checked_sub(frame.length.get() as usize) else {
+                return Some(sequence);
+            };
+            hashed_bytes_left = left;
+            if intact_payload(frame, rest).is_some() {
+                return Some(sequence);
+            }
+        }
+        None
     }
 }
 
 /// The frame at `at`, if its checksums are right.
 fn intact_frame(bytes: &[u8], at: usize) -> Option<(&DiskFrame, &[u8])> {
+    let (frame, rest) = intact_header(bytes, at)?;
+    Some((frame, intact_payload(frame, rest)?))
+}
+
+fn intact_header(bytes: &[u8], at: usize) -> Option<(&DiskFrame, &[u8])> {
     let (frame, rest) = DiskFrame::ref_from_prefix(bytes.get(at..)?).ok()?;
-    if frame.crc.get() != crc_before_last(frame.as_bytes()) {
-        return None;
-    }
+    (frame.crc.get() == crc_before_last(frame.as_bytes())).then_some((frame, rest))
+}
+
+fn intact_payload<'a>(frame: &DiskFrame, rest: &'a [u8]) -> Option<&'a [u8]> {
     let length = frame.length.get() as usize;
     let payload = rest.get(..length).filter(|_| length <= PAYLOAD_MAX)?;
-    (frame.payload_crc.get() == crc32c::crc32c(payload)).then_some((frame, payload))
+    (frame.payload_crc.get() == crc32c::crc32c(payload)).then_some(payload)
 }

@@ -66,9 +66,16 @@ impl<S: Storage> Map<S> {
             );
             file.set_length(replayed.end).map_err(|source| fail("cutting", source))?;
         }
-        // What a killed process wrote and did not sync is read from memory here: it must not be believed before it
-        // is durable.
+        // What a process wrote that was killed before it synced, or whose sync failed, may be in memory only: it must
+        // not be believed before it is durable. After a failed sync the kernel takes its pages for clean, so they are
+        // written again.
+        if let Some(unproven) = bytes.get(replayed.unproven_from..replayed.end as usize) {
+            file.write_at(replayed.unproven_from as u64, unproven)
+                .map_err(|source| fail("rewriting", source))?;
+        }
         file.sync().map_err(|source| fail("syncing", source))?;
+        // The process may have gone between giving a new log its name and making that durable.
+        storage.sync().map_err(|source| fail("syncing the directory of", source))?;
         let mut chain = replayed.chain;
         chain.durable = chain.sequence;
         let mut writer = Writer {
@@ -223,6 +230,7 @@ fn open_table<S: Storage>(storage: &S, header: &DiskHeader) -> Result<Option<Arc
 struct Replayed<M> {
     snapshot: Snapshot<M>,
     end: u64,
+    unproven_from: usize,
     chain: Chain,
     ends_in_mark: bool,
 }
@@ -276,7 +284,8 @@ fn replay<M: std::ops::Deref<Target = [u8]>>(
     }
     let snapshot = base.with_ranges(&ranges);
     let snapshot = Snapshot { high_water, recent_specs: Arc::new(specs), ..snapshot };
-    Ok(Replayed { snapshot, end: reader.at as u64, chain: reader.chain, ends_in_mark })
+    let unproven_from = reader.unproven_from();
+    Ok(Replayed { snapshot, end: reader.at as u64, unproven_from, chain: reader.chain, ends_in_mark })
 }
 
 /// Removes what an interrupted compaction left. Failing to is no harm: the next open tries again.
