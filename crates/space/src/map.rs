@@ -57,7 +57,6 @@ pub struct MapStats {
 }
 
 /// The durable map of an address space. See the module's documentation.
-#[derive(Debug)]
 pub struct Map<S: Storage = Directory> {
     pub(crate) storage: S,
     pub(crate) snapshot: ArcSwap<Snapshot<S::Mapping>>,
@@ -348,6 +347,16 @@ impl<S: Storage> Map<S> {
             Some(cause) => Err(Error::Latched { cause: Arc::clone(cause) }),
             None => self.compact_now(&mut writer),
         }
+    }
+}
+
+impl<S: Storage> std::fmt::Debug for Map<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let location = self.storage.location();
+        f.debug_struct("Map")
+            .field("location", &location)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 

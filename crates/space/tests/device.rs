@@ -1,0 +1,248 @@
+//! The address space and the virtual device, byte for byte.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use loam_block::conformance::{Contents, Profile, run};
+use loam_block::{
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Io, MemoryDevice, PatternDevice, WriteFlags, ZeroFlags,
+};
+use loam_sim::{FaultyDevice, Operation};
+use loam_space::{
+    Address, AddressSpace, Allocation, BLOCK, ContentId, Map, Resolver, Unmapped, VIRTUAL_BASE, VirtualDevice,
+};
+
+/// Contents whose spec is a byte that fills them; `p` is the pattern, `d` a pattern that takes its time.
+#[derive(Default)]
+struct Fills {
+    calls: AtomicU64,
+    failures_left: AtomicU64,
+}
+
+impl Resolver for Fills {
+    fn resolve<'a>(&'a self, content: ContentId, spec: &'a [u8]) -> Io<'a, Arc<dyn BlockDevice>> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let take_one = |left: u64| left.checked_sub(1);
+        if self.failures_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take_one).is_ok() {
+            let context = format!("content {content} cannot be reached");
+            return Io::Ready(Err(Error::new(ErrorKind::Unavailable, context)));
+        }
+        let pattern = PatternDevice::new(64 << 20);
+        Io::Ready(Ok(match spec[0] {
+            b'p' => Arc::new(pattern),
+            b'd' => Arc::new(
+                FaultyDevice::new(Arc::new(pattern), 1)
+                    .with_delays(Duration::from_micros(50))
+                    .with_nth_failing(Operation::Read, 9, ErrorKind::TimedOut),
+            ),
+            fill => Arc::new(MemoryDevice::from_bytes(&vec![fill; 1 << 20])),
+        }))
+    }
+}
+
+struct Fixture {
+    _directory: tempfile::TempDir,
+    map: Arc<Map>,
+    resolver: Arc<Fills>,
+}
+
+impl Fixture {
+    fn new(size: u64) -> Self {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let map = Arc::new(Map::create(directory.path(), size).expect("map"));
+        Fixture { _directory: directory, map, resolver: Arc::default() }
+    }
+
+    fn add(&self, spec: &[u8], blocks: &[u64]) {
+        let content = self.map.add_content(spec).expect("content");
+        let request = |blocks: &u64| Allocation {
+            content,
+            content_offset: 0,
+            length: blocks * BLOCK,
+            alignment: BLOCK,
+        };
+        let requests: Vec<_> = blocks.iter().map(request).collect();
+        self.map.allocate_batch(&requests).expect("ranges");
+    }
+
+    fn space(&self, unmapped: Unmapped) -> Arc<AddressSpace> {
+        Arc::new(AddressSpace::new(Arc::clone(&self.map), Arc::clone(&self.resolver) as _, unmapped))
+    }
+}
+
+async fn read(device: &dyn BlockDevice, offset: u64, length: usize) -> loam_block::Result<Vec<u8>> {
+    let mut bytes = vec![0xcc; length];
+    device.read(offset, &mut bytes).await.map(|()| bytes)
+}
+
+#[tokio::test]
+async fn a_read_over_several_ranges_is_in_order() {
+    let fixture = Fixture::new(1 << 30);
+    for spec in [b"a", b"b", b"c"] {
+        fixture.add(spec, &[1, 2]);
+    }
+    let space = fixture.space(Unmapped::Error);
+    let whole: Vec<u8> = b"aaabbbccc".iter().flat_map(|byte| [*byte; BLOCK as usize]).collect();
+    for (start, end) in [(0, whole.len()), (1, 4096), (4095, 8193), (12287, 12289), (100, 36863), (5, 5)] {
+        assert_eq!(read(&*space, start as u64, end - start).await.expect("read"), whole[start..end]);
+    }
+    let mut bytes = vec![0; whole.len()];
+    assert!(space.read(0, &mut bytes).is_ready(), "every part is at hand, so the whole is");
+    assert_eq!(bytes, whole);
+}
+
+#[tokio::test]
+async fn a_part_that_waits_makes_the_whole_wait_and_nothing_is_mixed_up() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"a", &[1]);
+    fixture.add(b"d", &[3]);
+    fixture.add(b"c", &[1]);
+    let space = fixture.space(Unmapped::Error);
+    for _ in 0..3 {
+        let bytes = read(&*space, 0, 5 * BLOCK as usize).await.expect("read");
+        assert!(bytes[..4096].iter().all(|byte| *byte == b'a'));
+        PatternDevice::verify(0, &bytes[4096..16384]).expect("pattern");
+        assert!(bytes[16384..].iter().all(|byte| *byte == b'c'));
+    }
+    let mut failed = 0;
+    for _ in 0..8 {
+        failed += u32::from(read(&*space, 2048, 8192).await.is_err());
+    }
+    assert_eq!(failed, 1, "the tenth read of the slow device fails, and with it the request, and no other");
+}
+
+#[tokio::test]
+async fn a_content_is_resolved_once_and_a_failure_is_tried_again() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"p", &[4]);
+    fixture.resolver.failures_left.store(2, Ordering::SeqCst);
+    let space = fixture.space(Unmapped::Error);
+    for _ in 0..2 {
+        let error = read(&*space, 0, 4096).await.expect_err("cannot be reached");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+    }
+    let reads = (0..16).map(|_| {
+        let space = Arc::clone(&space);
+        tokio::spawn(async move { read(&*space, 4096, 4096).await })
+    });
+    for read in reads.collect::<Vec<_>>() {
+        PatternDevice::verify(4096, &read.await.expect("task").expect("read")).expect("pattern");
+    }
+    assert_eq!(fixture.resolver.calls.load(Ordering::SeqCst), 3);
+    let counters = space.counters();
+    assert_eq!((counters.resolved, counters.resolve_failures), (1, 2));
+}
+
+#[tokio::test]
+async fn what_is_unmapped_is_an_error_or_zeroes_as_asked() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"a", &[1]);
+    let space = fixture.space(Unmapped::Error);
+    for (offset, length) in [(4096, 1), (4095, 2), ((1 << 30) - 1, 1)] {
+        let error = read(&*space, offset, length).await.expect_err("unmapped");
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Unmapped, 5));
+    }
+    assert_eq!(space.counters().unmapped_reads, 3);
+    let space = fixture.space(Unmapped::Zeros);
+    assert_eq!(read(&*space, 4094, 4).await.expect("read"), [b'a', b'a', 0, 0]);
+    let extents = space.extents(0, 1 << 30, 9).await.expect("extents");
+    let hole = Extent { offset: 4096, length: (1 << 30) - 4096, kind: ExtentKind::Hole };
+    assert_eq!(extents, [Extent { offset: 0, length: 4096, kind: ExtentKind::Data }, hole]);
+}
+
+#[tokio::test]
+async fn ranges_are_seen_as_soon_as_they_are_added() {
+    let fixture = Fixture::new(1 << 30);
+    let space = fixture.space(Unmapped::Error);
+    for blocks in 1..40 {
+        let start = fixture.map.stats().high_water.0;
+        assert!(read(&*space, start, 4096).await.is_err());
+        fixture.add(b"p", &[blocks]);
+        let bytes = read(&*space, start, (blocks * BLOCK) as usize).await.expect("read");
+        PatternDevice::verify(0, &bytes).expect("pattern");
+    }
+    fixture.map.compact().expect("compact");
+    PatternDevice::verify(0, &read(&*space, 0, 4096).await.expect("read")).expect("pattern");
+}
+
+#[tokio::test]
+async fn reads_that_straddle_the_base_are_right_byte_for_byte() {
+    for prefix_length in [1 << 20, VIRTUAL_BASE - 3000, VIRTUAL_BASE, VIRTUAL_BASE + 5000] {
+        let fixture = Fixture::new(1 << 30);
+        fixture.add(b"p", &[16]);
+        let prefix = Arc::new(PatternDevice::new(prefix_length));
+        let device = VirtualDevice::new(prefix, fixture.space(Unmapped::Error));
+        assert_eq!(device.geometry().size, VIRTUAL_BASE + (1 << 30));
+        let end = prefix_length.min(VIRTUAL_BASE);
+        let byte = |offset: u64| match offset {
+            _ if offset < end => (offset / 8 * 8).to_be_bytes()[(offset % 8) as usize],
+            _ if offset < VIRTUAL_BASE => 0,
+            _ => ((offset - VIRTUAL_BASE) / 8 * 8).to_be_bytes()[(offset % 8) as usize],
+        };
+        for middle in [end, VIRTUAL_BASE] {
+            for (before, after) in [(1, 1), (4096, 4096), (5, 8192), (8192, 5), (4096, 0), (0, 4096), (7, 0)]
+            {
+                let offset = middle - before;
+                let bytes = read(&device, offset, (before + after) as usize).await.expect("read");
+                let expected: Vec<u8> = (offset..middle + after).map(byte).collect();
+                assert_eq!(bytes, expected, "{before} before and {after} after {middle}");
+            }
+        }
+        let bytes = read(&device, VIRTUAL_BASE - 1, 65537).await.expect("read");
+        let expected: Vec<u8> = (VIRTUAL_BASE - 1..VIRTUAL_BASE + 65536).map(byte).collect();
+        assert_eq!(bytes, expected);
+        assert!(read(&device, VIRTUAL_BASE - 1, 65538).await.is_err(), "the last byte is unmapped");
+    }
+}
+
+#[tokio::test]
+async fn extents_of_the_virtual_device_cover_its_parts() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"a", &[1]);
+    let prefix = Arc::new(MemoryDevice::new(1 << 20));
+    prefix.write(65536, &[1; 4096], WriteFlags::default()).await.expect("superblock");
+    let device = VirtualDevice::new(prefix, fixture.space(Unmapped::Zeros));
+    let size = device.geometry().size;
+    let (mut at, mut kinds) = (0, Vec::new());
+    while at < size {
+        let extents = device.extents(at, size - at, 2).await.expect("extents");
+        loam_block::conformance::assert_extents(&extents, at, size - at, 2, "virtual device");
+        kinds.extend(extents.iter().map(|extent| extent.kind));
+        at += extents.iter().map(|extent| extent.length).sum::<u64>();
+    }
+    use ExtentKind::{Data, Hole};
+    assert_eq!(kinds, [Hole, Data, Hole, Hole, Data, Hole]);
+}
+
+#[tokio::test]
+async fn writes_are_refused() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"a", &[1]);
+    let prefix = Arc::new(MemoryDevice::new(1 << 20));
+    let device = VirtualDevice::new(prefix, fixture.space(Unmapped::Error));
+    for offset in [0, 65536, VIRTUAL_BASE - 4096, VIRTUAL_BASE, VIRTUAL_BASE + 4096] {
+        let refused = [
+            device.write(offset, &[1; 4096], WriteFlags::default()).await,
+            device.write_zeroes(offset, 4096, ZeroFlags::default()).await,
+            device.trim(offset, 4096).await,
+        ];
+        assert!(refused.into_iter().all(|result| result.is_err_and(|e| e.kind() == ErrorKind::ReadOnly)));
+    }
+    device.flush().await.expect("flush");
+}
+
+#[test]
+fn both_devices_keep_the_contract() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"p", &[1, 7, 30]);
+    fixture.add(b"x", &[100, 3]);
+    let space = fixture.space(Unmapped::Zeros);
+    let device = VirtualDevice::new(Arc::new(PatternDevice::new(1 << 20)), Arc::clone(&space));
+    for seed in 0..4 {
+        let profile = Profile { contents: Contents::Fixed, seed, ..Profile::default() };
+        run(&*space, &profile);
+        run(&device, &profile);
+    }
+    assert_eq!(fixture.map.lookup(Address(0)).map(|range| range.content), Some(ContentId(0)));
+}
