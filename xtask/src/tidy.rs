@@ -39,7 +39,7 @@ const BANNED: &[(&str, &str)] = &[
     ("FIX", "ME"),
     ("XX", "X:"),
     ("dbg", "!("),
-    ("#[ig", "nore"),
+    ("#[ig", "nore]"),
     ("/wo", "rk/"),
     ("deb.deb", "ian.org"),
 ];

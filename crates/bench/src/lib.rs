@@ -3,6 +3,7 @@
 //! once: a run that was stopped goes on where it was. Everything is measured from outside, through the commands that a
 //! user would type.
 
+mod bare;
 mod chart;
 mod process;
 mod read;
@@ -36,6 +37,9 @@ enum Command {
     /// Formats once and says what it took; `seed` starts it to measure one process's memory.
     #[command(hide = true)]
     SeedOnce(seed::OnceOptions),
+    /// Serves a file from memory by FUSE and loop; `read` starts it.
+    #[command(hide = true)]
+    BareServer(bare::Options),
 }
 
 /// Options that every benchmark has.
@@ -71,5 +75,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Read(options) => read::run(&options),
         Command::Report(options) => report::run(&options),
         Command::SeedOnce(options) => seed::once(&options),
+        Command::BareServer(options) => bare::run(&options),
     }
 }

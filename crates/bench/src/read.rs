@@ -1,5 +1,6 @@
 //! Random reads of 4 KiB, direct, of blocks that are local, by fio on the block device: the pool's virtual device,
-//! beside a loop device on a tmpfs file, which is what the kernel can do without anybody's daemon.
+//! beside the barest FUSE server under the same loop set-up, which is what the transport can do, and beside a loop device
+//! on a tmpfs file, which is what the kernel can do without anybody's daemon.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,6 +13,7 @@ use loam_seed::VIRTUAL_BASE;
 use serde_json::Value;
 
 use crate::Common;
+use crate::bare::BareServer;
 use crate::process::{LoopDevice, Sandbox, timed};
 use crate::record::{Metrics, Recorder};
 
@@ -55,8 +57,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     fill(&data, options.size.0)?;
     let on_tmpfs = LoopDevice::attach(&data, &["--direct-io=on", "--read-only"])?;
     let mut pool = Sandbox::new(&options.scratch)?;
+    let bare = BareServer::start(&data)?;
     let targets = [
         pool_target(&mut pool, &data)?,
+        Target { case: "bare FUSE server", device: bare.device().to_path_buf(), offset: 0 },
         Target { case: "loop on tmpfs", device: on_tmpfs.path().to_path_buf(), offset: 0 },
     ];
     for target in &targets {
