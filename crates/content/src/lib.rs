@@ -24,5 +24,8 @@ pub use chunk::{
 };
 pub use digest::{BadDigest, Digest};
 pub use error::{Error, Result};
-pub use source::{ByteSource, ByteStream, FileSource, Pin, WireCounters, WireTotals};
+pub use source::{
+    ByteSource, ByteStream, Fetched, FileSource, HttpClient, HttpOptions, HttpSource, Pin, WireCounters,
+    WireTotals, fetch_whole, open,
+};
 pub use url::SourceUrl;

@@ -1,14 +1,18 @@
 //! [`ByteSource`]: one pinned version of one object, read by offset or as a stream.
 
 mod file;
+mod http;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
+use std::io::Read;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use file::FileSource;
+pub use http::{HttpClient, HttpOptions, HttpSource};
 
 use crate::{Error, Result, SourceUrl};
 
@@ -111,4 +115,65 @@ fn out_of_bounds(url: &SourceUrl, offset: u64, length: u64, end: u64) -> Result<
         Some(last) if last <= end => Ok(()),
         _ => Err(Error::OutOfBounds { url: url.to_string(), offset, length, end }),
     }
+}
+
+/// Opens a source. With an `expected` version, an HTTP object is not asked for anything before the first read; without,
+/// one request learns what there is.
+///
+/// # Errors
+/// [`Error::Changed`] if the file is not the version that is `expected`, and what else stands in the way.
+pub async fn open(
+    client: &HttpClient,
+    url: &SourceUrl,
+    expected: Option<&Pin>,
+) -> Result<Arc<dyn ByteSource>> {
+    match (url, expected) {
+        (SourceUrl::File(path), _) => {
+            let (path, expected) = (path.clone(), expected.cloned());
+            let opened =
+                tokio::task::spawn_blocking(move || FileSource::open(&path, expected.as_ref())).await;
+            Ok(Arc::new(
+                opened.unwrap_or_else(|_| Err(Error::ShuttingDown { what: format!("opening {url}") }))?,
+            ))
+        }
+        (SourceUrl::Http(_), Some(pin)) => Ok(Arc::new(HttpSource::pinned(client, url, pin.clone())?)),
+        (SourceUrl::Http(_), None) => Ok(Arc::new(HttpSource::open(client, url).await?)),
+    }
+}
+
+/// An object that was fetched whole.
+#[derive(Debug, Clone)]
+pub struct Fetched {
+    /// All of it.
+    pub bytes: Bytes,
+    /// The version that this is.
+    pub pin: Pin,
+    /// What it cost.
+    pub wire: WireTotals,
+}
+
+/// Fetches an object of at most `limit_bytes` whole: one request, nothing before it, repeated as `client`'s options say.
+///
+/// # Errors
+/// [`Error::TooLong`], [`Error::NotFound`], and what else stands in the way.
+pub async fn fetch_whole(client: &HttpClient, url: &SourceUrl, limit_bytes: u64) -> Result<Fetched> {
+    let SourceUrl::File(path) = url else { return http::fetch_whole(client, url, limit_bytes).await };
+    let (path, url) = (path.clone(), url.to_string());
+    let what = format!("reading {url}");
+    let fetched = tokio::task::spawn_blocking(move || {
+        let source = FileSource::open(&path, None)?;
+        if source.length() > limit_bytes {
+            return Err(Error::TooLong { url, limit: limit_bytes });
+        }
+        let mut bytes = Vec::with_capacity(source.length() as usize);
+        let file = std::fs::File::open(&path).map_err(|error| Error::io(format!("opening {url}"), error))?;
+        let read = file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
+        let read = read.map_err(|error| Error::io(format!("reading {url}"), error))? as u64;
+        if read != source.length() {
+            let what = format!("it was {} bytes long, {read} were read", source.length());
+            return Err(Error::Changed { url, what });
+        }
+        Ok(Fetched { bytes: bytes.into(), pin: source.pin(), wire: WireTotals { requests: 1, bytes: read } })
+    });
+    fetched.await.unwrap_or(Err(Error::ShuttingDown { what }))
 }
