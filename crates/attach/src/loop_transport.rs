@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use loam_block::BlockDevice;
+use loam_block::{BlockDevice, Geometry};
 use loam_sys::loopdev::{self, LoopConfig, LoopDevice};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -33,6 +33,8 @@ const CHANNEL_NAME: &str = "fuse";
 const LOOP_NAME: &str = "loop";
 /// Device number of /dev/fuse (`include/linux/miscdevice.h`).
 const FUSE_RDEV: (u32, u32) = (10, 229);
+/// FUSE asks for whole pages of this many bytes.
+const PAGE: u32 = 4096;
 /// The largest device: sizes are signed in the kernel, and its last page must be addressable.
 const SIZE_MAX: u64 = i64::MAX as u64 - 4095;
 
@@ -100,11 +102,7 @@ impl LoopTransport {
         options: &AttachOptions,
         store: &FdStore,
     ) -> Result<Attachment> {
-        let size = device.geometry().size;
-        if size == 0 || size > SIZE_MAX || !size.is_multiple_of(u64::from(options.block_size.max(512))) {
-            let limits = format!("from 1 to {SIZE_MAX} and a multiple of {}", options.block_size);
-            return Err(Error::Unsuitable(format!("the size of {size} bytes is not {limits}")));
-        }
+        let size = check_geometry(&device.geometry(), options.block_size)?;
         let id = Uuid::new_v4();
         let name = file_name(id);
         let connection = fuse::connect()?;
@@ -185,6 +183,22 @@ impl LoopTransport {
             None => Ok(false),
         }
     }
+}
+
+/// Whether a device can lie under a loop device with that block size. Returns its size.
+fn check_geometry(geometry: &Geometry, block_size: u32) -> Result<u64> {
+    let Geometry { size, minimum_block, maximum_block, .. } = *geometry;
+    if size == 0 || size > SIZE_MAX || !size.is_multiple_of(u64::from(block_size.max(512))) {
+        let limits = format!("from 1 to {SIZE_MAX} and a multiple of {block_size}");
+        return Err(Error::Unsuitable(format!("the size of {size} bytes is not {limits}")));
+    }
+    if minimum_block > block_size || maximum_block < PAGE {
+        let blocks = format!("{minimum_block} to {maximum_block} bytes at a time");
+        return Err(Error::Unsuitable(format!(
+            "the device is read {blocks}, loop reads {block_size} to {PAGE}"
+        )));
+    }
+    Ok(size)
 }
 
 /// Makes the loop device's descriptor number higher than the channel's. A process that is killed closes its descriptors

@@ -124,7 +124,8 @@ impl Server {
         options: &ServerOptions,
         negotiated: OnceLock<Negotiated>,
     ) -> Result<Server> {
-        let session = Session::new(name, device.geometry().size, options.max_background);
+        let geometry = device.geometry();
+        let session = Session::new(name, geometry.size, geometry.maximum_block, options.max_background);
         let threads = options.threads();
         let counters = (0..threads).map(|_| Counters::default()).collect();
         let waiting = Semaphore::new((WAITING_BYTES_MAX / BUDGET_UNIT) as usize);

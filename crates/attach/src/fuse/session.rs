@@ -74,13 +74,16 @@ pub enum Action {
 pub struct Session {
     name: Vec<u8>,
     size: u64,
+    max_read: u32,
     max_background: u16,
 }
 
 impl Session {
-    /// One file `name` of `size` bytes in the root directory; at most `max_background` asynchronous requests under way.
-    pub fn new(name: impl Into<Vec<u8>>, size: u64, max_background: u16) -> Session {
-        Session { name: name.into(), size, max_background }
+    /// One file `name` of `size` bytes in the root directory, read at most `max_read` bytes at a time (whole pages, from
+    /// one to [`MAX_READ`]); at most `max_background` asynchronous requests under way.
+    pub fn new(name: impl Into<Vec<u8>>, size: u64, max_read: u32, max_background: u16) -> Session {
+        let max_read = (max_read / PAGE * PAGE).clamp(PAGE, MAX_READ);
+        Session { name: name.into(), size, max_read, max_background }
     }
 
     /// What to do about one request. `reply` is filled for [`Action::Reply`] and [`Action::Begin`].
@@ -131,7 +134,7 @@ impl Session {
             return reply_error(reply, header.unique, EISDIR);
         }
         let left = self.size.saturating_sub(read.offset);
-        let length = u64::from(read.size.min(MAX_READ)).min(left) as u32;
+        let length = u64::from(read.size.min(self.max_read)).min(left) as u32;
         Action::Read { unique: header.unique, offset: read.offset, length }
     }
 
@@ -169,7 +172,7 @@ impl Session {
         out.congestion_threshold = self.max_background;
         out.max_write = MAX_WRITE;
         out.time_gran = 1;
-        out.max_pages = (MAX_READ / PAGE) as u16;
+        out.max_pages = (self.max_read / PAGE) as u16;
         match answer(reply, unique, Ok(out)) {
             Action::Reply(length) => Action::Begin(length, Negotiated { minor: offer.minor, flags }),
             other => other,

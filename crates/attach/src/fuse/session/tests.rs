@@ -5,7 +5,7 @@ use super::*;
 const SIZE: u64 = (1 << 40) + (1 << 62);
 
 fn session() -> Session {
-    Session::new("loam-test", SIZE, 256)
+    Session::new("loam-test", SIZE, MAX_READ, 256)
 }
 
 fn request(opcode: u32, nodeid: u64, body: &[u8]) -> Vec<u8> {
@@ -134,6 +134,17 @@ fn reads_end_where_the_file_ends() {
     assert_eq!(lengths(0, u32::MAX), MAX_READ);
     assert_eq!(errno(&request(opcode::READ, 2, &[0; 39])), EINVAL);
     assert_eq!(errno(&request(opcode::READ, 1, &[0; 40])), EISDIR);
+}
+
+#[test]
+fn requests_are_no_longer_than_the_device_takes() {
+    for (limit, pages) in [(0, 1), (4096, 1), (70_000, 17), (u32::MAX, 256)] {
+        let session = Session::new("loam-test", SIZE, limit, 256);
+        let mut reply = [0; REPLY_BYTES];
+        assert!(matches!(session.handle(&init_request(44, u64::MAX), &mut reply), Action::Begin(..)));
+        let out = InitOut::read_from_prefix(&reply[16..]).unwrap().0;
+        assert_eq!(out.max_pages, pages);
+    }
 }
 
 #[test]
