@@ -19,7 +19,6 @@ const PACKAGES: &[(&str, &str)] = &[
     ("bzip2", "bzip2"),
     ("busybox", "busybox-static"),
     ("cc", "build-essential"),
-    ("cmake", "cmake"),
 ];
 
 /// Installs what is missing.

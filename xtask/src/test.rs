@@ -48,6 +48,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
                 vec!["clippy", "-q", "--workspace", "--all-targets", "--", "-D", "warnings"],
             ));
             steps.push(("docs", vec!["doc", "-q", "--workspace", "--no-deps", "--document-private-items"]));
+            steps.push(("examples in docs", vec!["test", "-q", "--doc", "--workspace"]));
         }
         let mut nextest = vec![
             "nextest",
