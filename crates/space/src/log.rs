@@ -67,8 +67,8 @@ const FRAME_BYTES: usize = size_of::<DiskFrame>();
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct DiskRange {
-    start: U64,
+pub(crate) struct DiskRange {
+    pub(crate) start: U64,
     length: U64,
     content_offset: U64,
     content: U32,
@@ -138,14 +138,7 @@ impl Record<'_> {
             }
             Record::Ranges(ranges) => {
                 for range in ranges {
-                    let range = DiskRange {
-                        start: U64::new(range.start.0),
-                        length: U64::new(range.length),
-                        content_offset: U64::new(range.content_offset),
-                        content: U32::new(range.content.0),
-                        reserved: U32::ZERO,
-                    };
-                    bytes.extend_from_slice(range.as_bytes());
+                    bytes.extend_from_slice(DiskRange::from(range).as_bytes());
                 }
             }
             Record::Reserve(address) => bytes.extend_from_slice(&address.0.to_le_bytes()),
@@ -173,6 +166,18 @@ fn parse_payload(kind: u32, payload: &[u8]) -> Result<Record<'_>, String> {
         KIND_MARK if payload.is_empty() => Ok(Record::Mark),
         KIND_MARK => Err(format!("a mark of {} bytes", payload.len())),
         _ => Err(format!("a record of the unknown kind {kind}")),
+    }
+}
+
+impl From<&Range> for DiskRange {
+    fn from(range: &Range) -> DiskRange {
+        DiskRange {
+            start: U64::new(range.start.0),
+            length: U64::new(range.length),
+            content_offset: U64::new(range.content_offset),
+            content: U32::new(range.content.0),
+            reserved: U32::ZERO,
+        }
     }
 }
 

@@ -141,8 +141,7 @@ impl<S: Storage> Map<S> {
         let summary = Summary { number, size: snapshot.size, sequence, high_water: snapshot.high_water };
         let ids = 0..snapshot.content_count();
         let specs: Vec<&[u8]> = ids.filter_map(|id| snapshot.spec(crate::ContentId(id as u32))).collect();
-        let ranges = || merged(snapshot);
-        let written = table::write(&self.storage, NEW_TABLE, summary, ranges, &specs)
+        let written = table::write(&self.storage, NEW_TABLE, summary, merged(snapshot), &specs)
             .and_then(|()| self.storage.rename(NEW_TABLE, name))
             .and_then(|()| self.storage.map(name));
         let mapping = written.map_err(|source| self.io_error("writing", name, source))?;

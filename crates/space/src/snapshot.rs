@@ -68,7 +68,13 @@ impl<M: Deref<Target = [u8]>> Snapshot<M> {
 
     /// What lies at `address`, which is inside the space.
     pub(crate) fn locate(&self, address: Address) -> Place {
-        let after = self.recent.partition_point(|range| range.start <= address);
+        // Addresses grow, so most lie before all that is recent: they need no search here.
+        let after = match self.recent.first() {
+            Some(first) if first.start <= address => {
+                self.recent.partition_point(|range| range.start <= address)
+            }
+            _ => 0,
+        };
         if let Some(range) = after.checked_sub(1).map(|before| self.recent[before])
             && range.contains(address)
         {

@@ -1,9 +1,8 @@
 //! The table: everything that the log said up to some record, sorted by address, in a file that is mapped and never
 //! changed. `docs/formats/map.md` has the byte map.
 //!
-//! Starts lie apart from the rest of the ranges, so that a search reads few cache lines. In memory there is only
-//! every 16th start, and every 16th of those, and so on: the levels of a search tree of 16-way nodes, 128 bytes each.
-//! A look-up among a million ranges searches five nodes, four of which stay in the processor's caches.
+//! In memory there is only every 8th start, every 16th of those, and so on: the upper levels of a search tree whose
+//! leaves are the file. A look-up among a million ranges waits for memory about once: when it reads its leaf.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -11,13 +10,15 @@ use std::path::Path;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::log::{SPEC_BYTES_MAX, VERSION, crc_before_last};
-use crate::{Address, ContentId, Error, Place, Range, Result, Storage, StorageFile};
+use crate::log::{DiskRange, SPEC_BYTES_MAX, VERSION, crc_before_last};
+use crate::{Address, Error, Place, Range, Result, Storage, StorageFile};
 
 const MAGIC: [u8; 8] = *b"loam-tab";
 /// Where the body begins: the header has a page of its own.
 const BODY: usize = 4096;
-/// Starts in one node of the search tree: two cache lines.
+/// Ranges in one leaf of the search tree: 256 bytes, which a processor fetches in one go.
+const LEAF: usize = 8;
+/// Starts in each node above.
 const NODE: usize = 16;
 /// Bytes gathered before they are written to a new table.
 const WRITE_BUFFER: usize = 1 << 20;
@@ -48,17 +49,6 @@ struct DiskHeader {
 const _: () = assert!(size_of::<DiskHeader>() == 80);
 const _: () = assert!(size_of::<DiskHeader>() <= BODY);
 
-/// A range without its start.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct DiskTail {
-    length: U64,
-    content_offset: U64,
-    content: U32,
-    reserved: U32,
-}
-const _: () = assert!(size_of::<DiskTail>() == 24);
-
 /// What a new table says beside its ranges and contents.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Summary {
@@ -84,7 +74,6 @@ pub(crate) struct Table<M> {
     pub(crate) content_count: usize,
     /// Bytes in all ranges together.
     pub(crate) mapped_bytes: u64,
-    tails_at: usize,
     content_ends_at: usize,
     specs_at: usize,
     /// Every 16th start, every 16th of those, ... ; the last has at most 16.
@@ -136,7 +125,6 @@ impl<M: Deref<Target = [u8]>> Table<M> {
             range_count: layout.range_count,
             content_count: layout.content_count,
             mapped_bytes: 0,
-            tails_at: layout.tails,
             content_ends_at: layout.content_ends,
             specs_at: layout.specs,
             levels: Vec::new(),
@@ -157,7 +145,11 @@ impl<M: Deref<Target = [u8]>> Table<M> {
             };
             if let Some(defect) = defect {
                 let what = format!("range {i} is impossible: {defect}");
-                return Err(Error::Corrupt { path: path.into(), offset: (BODY + i * 8) as u64, what });
+                return Err(Error::Corrupt {
+                    path: path.into(),
+                    offset: (BODY + i * size_of::<DiskRange>()) as u64,
+                    what,
+                });
             }
             end = range.end().0;
             mapped_bytes += range.length;
@@ -188,7 +180,8 @@ impl<M: Deref<Target = [u8]>> Table<M> {
     }
 
     fn build_levels(&mut self) {
-        let mut level: Vec<u64> = self.starts().iter().step_by(NODE).map(|start| start.get()).collect();
+        let mut level: Vec<u64> =
+            self.entries().iter().step_by(LEAF).map(|entry| entry.start.get()).collect();
         while level.len() > NODE {
             let above = level.iter().step_by(NODE).copied().collect();
             self.levels.push(std::mem::replace(&mut level, above));
@@ -198,41 +191,32 @@ impl<M: Deref<Target = [u8]>> Table<M> {
 
     /// What lies at `address`.
     pub(crate) fn locate(&self, address: Address) -> Place {
-        let starts = self.starts();
         // Index, on each level, of the last start that is not behind the address.
         let mut index = 0;
         for level in self.levels.iter().rev() {
             let node = &level[index * NODE..level.len().min((index + 1) * NODE)];
-            match node.partition_point(|start| *start <= address.0) {
+            match node.iter().filter(|start| **start <= address.0).count() {
                 0 => return Place::Unmapped { until: self.start_or_end(0) },
                 found => index = index * NODE + found - 1,
             }
         }
-        let node = &starts[index * NODE..starts.len().min((index + 1) * NODE)];
-        let found = index * NODE + node.partition_point(|start| start.get() <= address.0);
-        match self.range(found - 1) {
+        let entries = self.entries();
+        let node = &entries[index * LEAF..entries.len().min((index + 1) * LEAF)];
+        // Counting reads all of the node's cache lines at once, where a binary search waits for one after the other.
+        let found = node.iter().filter(|entry| entry.start.get() <= address.0).count();
+        match found.checked_sub(1).map(|last| Range::from(&node[last])) {
             Some(range) if range.contains(address) => Place::Mapped(range),
-            _ => Place::Unmapped { until: self.start_or_end(found) },
+            _ => Place::Unmapped { until: self.start_or_end(index * LEAF + found) },
         }
     }
 
     fn start_or_end(&self, index: usize) -> Address {
-        Address(self.starts().get(index).map_or(self.summary.size, |start| start.get()))
-    }
-
-    fn range(&self, index: usize) -> Option<Range> {
-        let tail = self.tails().get(index)?;
-        Some(Range {
-            start: Address(self.starts().get(index)?.get()),
-            length: tail.length.get(),
-            content: ContentId(tail.content.get()),
-            content_offset: tail.content_offset.get(),
-        })
+        Address(self.entries().get(index).map_or(self.summary.size, |entry| entry.start.get()))
     }
 
     /// All ranges, by address.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = Range> + '_ {
-        (0..self.range_count).filter_map(|index| self.range(index))
+        self.entries().iter().map(Range::from)
     }
 
     /// What describes a content.
@@ -243,12 +227,8 @@ impl<M: Deref<Target = [u8]>> Table<M> {
         self.mapping[self.specs_at..].get(start..end)
     }
 
-    fn starts(&self) -> &[U64] {
-        column(&self.mapping[BODY..self.tails_at])
-    }
-
-    fn tails(&self) -> &[DiskTail] {
-        column(&self.mapping[self.tails_at..self.content_ends_at])
+    fn entries(&self) -> &[DiskRange] {
+        column(&self.mapping[BODY..self.content_ends_at])
     }
 
     fn content_ends(&self) -> &[U64] {
@@ -265,7 +245,6 @@ fn column<T: FromBytes + Immutable + KnownLayout + Unaligned>(bytes: &[u8]) -> &
 struct Layout {
     range_count: usize,
     content_count: usize,
-    tails: usize,
     content_ends: usize,
     specs: usize,
     end: usize,
@@ -276,42 +255,28 @@ impl Layout {
     fn of(header: &DiskHeader) -> Option<Self> {
         let range_count = usize::try_from(header.range_count.get()).ok()?;
         let content_count = usize::try_from(header.content_count.get()).ok()?;
-        let tails = BODY.checked_add(range_count.checked_mul(size_of::<U64>())?)?;
-        let content_ends = tails.checked_add(range_count.checked_mul(size_of::<DiskTail>())?)?;
+        let content_ends = BODY.checked_add(range_count.checked_mul(size_of::<DiskRange>())?)?;
         let specs = content_ends.checked_add(content_count.checked_mul(size_of::<U64>())?)?;
         let end = specs.checked_add(usize::try_from(header.spec_bytes.get()).ok()?)?;
-        Some(Layout { range_count, content_count, tails, content_ends, specs, end })
+        Some(Layout { range_count, content_count, content_ends, specs, end })
     }
 }
 
 /// Writes a table under `name` and syncs it; its name is not synced yet.
 ///
-/// `ranges` are sorted and are asked for twice, so that none of the table has to be held in memory.
-pub(crate) fn write<S, R>(
+/// `ranges` are sorted; they are written as they come, so that the table is never in memory as a whole.
+pub(crate) fn write<S: Storage>(
     storage: &S,
     name: &str,
     summary: Summary,
-    ranges: impl Fn() -> R,
+    ranges: impl Iterator<Item = Range>,
     specs: &[&[u8]],
-) -> std::io::Result<()>
-where
-    S: Storage,
-    R: Iterator<Item = Range>,
-{
+) -> std::io::Result<()> {
     let mut body = BodyWriter { file: storage.create(name)?, at: BODY as u64, buffer: Vec::new(), crc: 0 };
     let mut range_count = 0;
-    for range in ranges() {
+    for range in ranges {
         range_count += 1;
-        body.push(U64::new(range.start.0).as_bytes())?;
-    }
-    for range in ranges() {
-        let tail = DiskTail {
-            length: U64::new(range.length),
-            content_offset: U64::new(range.content_offset),
-            content: U32::new(range.content.0),
-            reserved: U32::ZERO,
-        };
-        body.push(tail.as_bytes())?;
+        body.push(DiskRange::from(&range).as_bytes())?;
     }
     let mut spec_bytes = 0;
     for spec in specs {
