@@ -9,6 +9,7 @@ mod ioctl;
 
 pub mod btrfs;
 pub mod fds;
+pub mod fuse_ring;
 pub mod loopdev;
 pub mod map_file;
 pub mod mount;
