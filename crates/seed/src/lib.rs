@@ -16,8 +16,10 @@ mod image;
 mod label;
 mod memory_tree;
 mod options;
+pub mod reader;
 mod synthetic;
 mod tree;
+mod verify;
 mod write;
 
 pub use error::{Error, Result};
@@ -31,4 +33,5 @@ pub use options::{
 };
 pub use synthetic::SyntheticTree;
 pub use tree::{Attributes, FileTree, Node, NodeKind, Run, Subvolume, inline_max};
+pub use verify::{Counts, Finding, Verification, verify};
 pub use write::{Report, VIRTUAL_DATA_INODE, VIRTUAL_DATA_NAME, write};

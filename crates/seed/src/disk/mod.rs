@@ -3,6 +3,7 @@
 //! Names and numbers follow the kernel's `include/uapi/linux/btrfs_tree.h`; every record states its size, which the
 //! compiler checks. Nothing here reads or writes a device.
 
+mod pieces;
 mod records;
 mod superblock;
 
@@ -11,6 +12,7 @@ use std::fmt;
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub use pieces::{Piece, field_at, pieces};
 pub use records::*;
 pub use superblock::*;
 
@@ -133,14 +135,26 @@ pub mod item {
 pub mod flag {
     /// What every file system since 2009 has: refs that name trees, not blocks.
     pub const INCOMPAT_MIXED_BACKREF: u64 = 1 << 0;
+    /// The default subvolume is not the top-level one.
+    pub const INCOMPAT_DEFAULT_SUBVOL: u64 = 1 << 1;
+    /// Some data is compressed with LZO.
+    pub const INCOMPAT_COMPRESS_LZO: u64 = 1 << 3;
+    /// Some data is compressed with zstd.
+    pub const INCOMPAT_COMPRESS_ZSTD: u64 = 1 << 4;
     /// Tree blocks larger than a sector.
     pub const INCOMPAT_BIG_METADATA: u64 = 1 << 5;
     /// `INODE_EXTREF` items.
     pub const INCOMPAT_EXTENDED_IREF: u64 = 1 << 6;
+    /// RAID 5 and 6 (of data: trees on them cannot be read here).
+    pub const INCOMPAT_RAID56: u64 = 1 << 7;
     /// `METADATA` items.
     pub const INCOMPAT_SKINNY_METADATA: u64 = 1 << 8;
     /// Holes of files are not recorded.
     pub const INCOMPAT_NO_HOLES: u64 = 1 << 9;
+    /// Blocks carry `metadata_uuid`.
+    pub const INCOMPAT_METADATA_UUID: u64 = 1 << 10;
+    /// RAID 1 with three and four copies.
+    pub const INCOMPAT_RAID1C34: u64 = 1 << 11;
     /// Simple quotas: data extents carry `EXTENT_OWNER_REF`.
     pub const INCOMPAT_SIMPLE_QUOTA: u64 = 1 << 16;
     /// There is a free space tree.
@@ -165,6 +179,8 @@ pub mod flag {
     pub const EXTENT_DATA: u64 = 1 << 0;
     /// Extent: a tree block.
     pub const EXTENT_TREE_BLOCK: u64 = 1 << 1;
+    /// Extent: a tree block whose references are full: its children name it, not its tree.
+    pub const EXTENT_FULL_BACKREF: u64 = 1 << 8;
     /// Inode: data has no checksums.
     pub const INODE_NODATASUM: u64 = 1 << 0;
     /// Inode: may not be changed.

@@ -13,9 +13,52 @@ macro_rules! records {
         #[repr(C)]
         pub struct $name { $($(#[$field_meta])* pub $field: $kind),* }
         const _: () = assert!(size_of::<$name>() == $size);
+        impl $name {
+            /// What lies where in the record.
+            pub const FIELDS: &'static [Field] = &[$(Field {
+                name: stringify!($field),
+                offset: std::mem::offset_of!($name, $field),
+                size: size_of::<$kind>(),
+                nested: <$kind as Nested>::FIELDS,
+            }),*];
+        }
+        impl Nested for $name {
+            const FIELDS: &'static [Field] = $name::FIELDS;
+        }
     )*};
 }
 pub(super) use records;
+
+/// A field of a record: for messages and dumps that name it.
+#[derive(Debug, Clone, Copy)]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes from the start of the record.
+    pub offset: usize,
+    /// Bytes.
+    pub size: usize,
+    /// What it consists of, if it is a record itself.
+    pub nested: &'static [Field],
+}
+
+/// The fields of a field's type: none unless it is a record.
+pub(super) trait Nested {
+    const FIELDS: &'static [Field] = &[];
+}
+
+impl Nested for u8 {}
+impl Nested for U16 {}
+impl Nested for U32 {}
+impl Nested for U64 {}
+impl<const N: usize> Nested for [u8; N] {}
+impl Nested for DiskKey {
+    const FIELDS: &'static [Field] = &[
+        Field { name: "objectid", offset: 0, size: 8, nested: &[] },
+        Field { name: "type", offset: 8, size: 1, nested: &[] },
+        Field { name: "offset", offset: 9, size: 8, nested: &[] },
+    ];
+}
 
 records! {
     /// The head of every tree block.

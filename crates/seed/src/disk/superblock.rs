@@ -4,7 +4,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::DevItem;
-use super::records::records;
+use super::records::{Field, Nested, records};
 
 /// Bytes of a superblock.
 pub const SUPER_SIZE: usize = 4096;
