@@ -308,3 +308,22 @@ pub(crate) enum Internal {
         options: String,
     },
 }
+
+impl From<Transport> for loam_pool::TransportChoice {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Auto => loam_pool::TransportChoice::Auto,
+            Transport::Loop => loam_pool::TransportChoice::Loop,
+        }
+    }
+}
+
+impl From<LayoutArgument> for loam_seed::Layout {
+    fn from(layout: LayoutArgument) -> Self {
+        match layout {
+            LayoutArgument::Pair => loam_seed::Layout::Pair,
+            LayoutArgument::Single => loam_seed::Layout::Single,
+            LayoutArgument::MegaExtent => loam_seed::Layout::MegaExtent,
+        }
+    }
+}

@@ -1,29 +1,37 @@
 //! Progress bars on standard error, when that is a terminal and no JSON is asked for.
 
 use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use loam_pool::Watch;
 use loam_pool::protocol::Progress;
 
 /// The bar of one long command.
 pub(crate) struct Bar {
     bar: ProgressBar,
-    step: String,
+    step: Mutex<String>,
 }
 
 impl Bar {
     /// A bar that shows nothing until it is told something.
-    pub(crate) fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Arc<Self> {
         let visible = !json && std::io::stderr().is_terminal();
         let target = if visible { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() };
-        Bar { bar: ProgressBar::with_draw_target(None, target), step: String::new() }
+        Arc::new(Bar { bar: ProgressBar::with_draw_target(None, target), step: Mutex::default() })
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
     }
 
     /// Shows how far it is.
-    pub(crate) fn update(&mut self, progress: &Progress) {
-        if self.step != progress.step {
-            self.step.clone_from(&progress.step);
+    pub(crate) fn update(&self, progress: &Progress) {
+        let mut step = self.step.lock().unwrap_or_else(PoisonError::into_inner);
+        if *step != progress.step {
+            step.clone_from(&progress.step);
             self.bar.reset();
             self.bar.set_style(style(progress));
             self.bar.set_message(progress.step.clone());
@@ -34,15 +42,19 @@ impl Bar {
         }
         self.bar.set_position(progress.done);
     }
+}
 
-    /// Prints a note above the bar.
-    pub(crate) fn note(&self, note: &str) {
+impl Watch for Bar {
+    fn progress(&self, step: &str, done: u64, total: u64, unit: &str) {
+        self.update(&Progress { step: step.to_owned(), done, total, unit: unit.to_owned() });
+    }
+
+    fn note(&self, note: String) {
         self.bar.suspend(|| eprintln!("loam: {note}"));
     }
 
-    /// Takes the bar away.
-    pub(crate) fn finish(self) {
-        self.bar.finish_and_clear();
+    fn cancelled(&self) -> bool {
+        false
     }
 }
 

@@ -3,7 +3,6 @@
 //!
 //! ```text
 //! mnt/.loam/              0700, invisible to containers
-//!   staging/              no-checksum directory: files are cloned here and linked into place
 //!   building/NAME         a subvolume that is not finished; removed when the pool comes up
 //!   images/NAME           an empty file whose xattr `trusted.loam` is the image's record (JSON)
 //!   containers/NAME       the same for a container
@@ -18,7 +17,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use loam_sys::btrfs::{self, Key};
-use rustix::fs::{IFlags, XattrFlags};
+use rustix::fs::XattrFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -40,7 +39,7 @@ const MAX_NAME_BYTES: usize = 128;
 pub(crate) struct ImageRecord {
     pub(crate) source: String,
     pub(crate) index: String,
-    pub(crate) content: u32,
+    pub(crate) content: Option<u32>,
     pub(crate) address: u64,
     pub(crate) length: u64,
     pub(crate) files: u64,
@@ -97,7 +96,6 @@ impl Catalog {
         let private = catalog.private();
         for directory in [
             private.clone(),
-            catalog.staging(),
             private.join("building"),
             private.join("images"),
             private.join("containers"),
@@ -114,9 +112,6 @@ impl Catalog {
         use std::os::unix::fs::PermissionsExt;
         fs::set_permissions(&private, fs::Permissions::from_mode(0o700))
             .step(|| format!("closing {}", private.display()))?;
-        let staging = File::open(catalog.staging()).step(|| "opening the staging directory".to_owned())?;
-        btrfs::set_inode_flags(&staging, IFlags::NOCOW)
-            .step(|| "marking the staging directory +C".to_owned())?;
         Ok(catalog)
     }
 
@@ -127,11 +122,6 @@ impl Catalog {
 
     fn private(&self) -> PathBuf {
         self.mount.join(".loam")
-    }
-
-    /// Where files are cloned before they are linked into place.
-    pub(crate) fn staging(&self) -> PathBuf {
-        self.private().join("staging")
     }
 
     /// Where a subvolume is while it is being made.
@@ -238,9 +228,6 @@ impl Catalog {
             remove_subvolume(&path)?;
             removed.push(format!("unfinished {}", path.display()));
         }
-        for path in children(&self.staging())? {
-            remove_if_there(&path)?;
-        }
         for kind in [Kind::Image, Kind::Container] {
             for name in self.names(kind)? {
                 if !self.subvolume(kind, &name).exists() {
@@ -270,7 +257,10 @@ impl Catalog {
 }
 
 /// A name is a file name that needs no quoting, so that paths and runtimes take it as it is.
-pub(crate) fn check_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Invalid`] with the rule.
+pub fn check_name(name: &str) -> Result<()> {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+@".contains(&byte);
     let ok = !name.is_empty()
         && name.len() <= MAX_NAME_BYTES

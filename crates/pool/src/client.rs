@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 
 use crate::directory::PoolDirectory;
 use crate::error::{Error, Result};
+use crate::indexes::Watch;
 use crate::protocol::{Failure, JobLine, Progress};
 
 /// The longest answer, or line of a streamed answer, that is taken from a daemon.
@@ -60,7 +61,7 @@ impl Client {
         self.whole_body(response).await.map(drop)
     }
 
-    /// `POST path` for long work: the answer is a stream of [`JobLine`]s; progress and notes go to the callbacks.
+    /// `POST path` for long work: the answer is a stream of [`JobLine`]s; progress and notes go to `watch`.
     /// Dropping the future closes the connection, which tells the daemon to stop and undo.
     ///
     /// # Errors
@@ -69,8 +70,7 @@ impl Client {
         &self,
         path: &str,
         body: &B,
-        mut on_progress: impl FnMut(Progress),
-        mut on_note: impl FnMut(String),
+        watch: &dyn Watch,
     ) -> Result<T> {
         let response = self.send(Method::POST, path, Some(self.encode(body)?)).await?;
         let mut body = self.checked(response).await?;
@@ -85,8 +85,8 @@ impl Client {
             while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = pending.drain(..=end).collect();
                 match self.decode(Bytes::from(line))? {
-                    JobLine::Progress(progress) => on_progress(progress),
-                    JobLine::Note(note) => on_note(note),
+                    JobLine::Progress(Progress { step, done, total, unit }) => watch.progress(&step, done, total, &unit),
+                    JobLine::Note(note) => watch.note(note),
                     JobLine::Done(result) => return Ok(result),
                     JobLine::Failed(failure) => return Err(daemon_error(failure)),
                 }

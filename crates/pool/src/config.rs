@@ -54,6 +54,15 @@ pub enum UnmappedChoice {
     Zeros,
 }
 
+/// How [`Layout`] is written.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Layout", rename_all = "kebab-case")]
+pub(crate) enum LayoutName {
+    Pair,
+    Single,
+    MegaExtent,
+}
+
 /// The pool's configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,6 +72,7 @@ pub struct Config {
     /// What the pool is for.
     pub purpose: Purpose,
     /// How the seed was formatted.
+    #[serde(with = "LayoutName")]
     pub layout: Layout,
     /// Bytes of the virtual region.
     pub virtual_size: u64,

@@ -11,7 +11,7 @@ use loam_seed::{Image, Layout, SeedOptions, Subvolume, Timestamp, VIRTUAL_BASE};
 use loam_space::Map;
 use serde::Serialize;
 
-use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose};
+use crate::config::{Config, LayoutName, LocalDevice, POOL_FORMAT, Purpose};
 use crate::directory::{PoolDirectory, sync_directory};
 use crate::error::{Context, Error, Result};
 
@@ -35,7 +35,8 @@ pub struct InitOptions {
 pub struct Made {
     /// The pool's directory.
     pub pool: PathBuf,
-    /// The layout's name.
+    /// How the seed was formatted.
+    #[serde(with = "LayoutName")]
     pub layout: Layout,
     /// Bytes of the virtual region.
     pub virtual_size: u64,
@@ -59,7 +60,7 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         Some(device) => (LocalDevice::Block(device.clone()), block_device_bytes(device)?),
         None => (LocalDevice::File(directory.local_image()), options.local_size),
     };
-    let identity = random_identity()?;
+    let identity = random_identity();
     let config = Config {
         format: POOL_FORMAT,
         purpose: Purpose::Pool,
@@ -140,6 +141,35 @@ pub(crate) fn format_filesystem(
     sync_directory(directory.root())
 }
 
+/// Formats the virtual image anew for a local device that exists: the same identity, sizes and files give the same
+/// superblock.
+pub(crate) fn format_virtual_only(
+    directory: &PoolDirectory,
+    config: &Config,
+    content_digest: [u8; 32],
+    subvolumes: &[Subvolume<'_>],
+) -> Result<()> {
+    let seed = seed_options(directory, config, content_digest)?;
+    let path = directory.virtual_image();
+    let mut virtual_image = Prefix(create(&path)?);
+    loam_seed::write(&seed, subvolumes, &mut virtual_image, Some(&mut Nowhere))
+        .step(|| format!("formatting {}", path.display()))?;
+    Ok(())
+}
+
+/// A local image that is not wanted.
+struct Nowhere;
+
+impl Image for Nowhere {
+    fn set_length(&mut self, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_at(&mut self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The formatter's options for a configuration.
 pub(crate) fn seed_options(
     directory: &PoolDirectory,
@@ -214,9 +244,9 @@ fn block_device_bytes(path: &Path) -> Result<u64> {
 }
 
 /// Every filesystem that is ever mounted on one host needs UUIDs of its own.
-pub(crate) fn random_identity() -> Result<[u8; 32]> {
+pub fn random_identity() -> [u8; 32] {
     let (one, two) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
     let mut hasher = blake3::Hasher::new_derive_key("loam 2026 pool identity");
     hasher.update(one.as_bytes()).update(two.as_bytes());
-    Ok(*hasher.finalize().as_bytes())
+    *hasher.finalize().as_bytes()
 }

@@ -1,10 +1,12 @@
 //! The btrfs side of a pool that is up: mounting the pair of devices (or sprouting a single seed), unmounting,
 //! read-ahead, and what a subvolume has written.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use loam_image::Run;
 use loam_seed::{Layout, VIRTUAL_BASE};
 use loam_sys::btrfs::{self, Key};
 use loam_sys::mount::{self, MountFlags};
@@ -142,41 +144,86 @@ fn set_read_ahead(mount_point: &Path) {
 /// Bytes of file data on the local device that a subvolume has got since transaction `since`: what a container has
 /// written since it was made. The kernel skips all that is older, so this costs what has changed, not what is there.
 pub(crate) fn written_bytes(subvolume: &Path, since: u64, virtual_size: u64) -> Result<u64> {
-    let what = || format!("looking for what was written to {}", subvolume.display());
+    let mut bytes = 0;
+    for_each_extent(subvolume, since, |_, extent| {
+        // In the virtual region logical and physical are equal: lazy data, cloned.
+        if extent.generation > since && !is_virtual(extent.logical, virtual_size) {
+            bytes += extent.length;
+        }
+    })?;
+    Ok(bytes)
+}
+
+/// The data of a file, from a `btrfs_file_extent_item` (`include/uapi/linux/btrfs_tree.h`).
+struct Extent {
+    generation: u64,
+    /// 0 for inline data.
+    logical: u64,
+    /// Bytes into the extent at `logical`.
+    offset: u64,
+    /// Bytes in the file.
+    length: u64,
+}
+
+impl Extent {
+    /// `None` for a hole and for what is no such item.
+    fn parse(item: &[u8]) -> Option<Extent> {
+        const INLINE: u8 = 0;
+        let number =
+            |offset: usize| Some(u64::from_le_bytes(item.get(offset..offset + 8)?.try_into().ok()?));
+        let (generation, ram_bytes) = (number(0)?, number(8)?);
+        if *item.get(20)? == INLINE {
+            return Some(Extent { generation, logical: 0, offset: 0, length: ram_bytes });
+        }
+        let (logical, offset, length) = (number(21)?, number(37)?, number(45)?);
+        (logical != 0).then_some(Extent { generation, logical, offset, length })
+    }
+}
+
+/// Shows every file extent of a subvolume that lies in a leaf written in or after transaction `since`.
+fn for_each_extent(subvolume: &Path, since: u64, mut visit: impl FnMut(Key, Extent)) -> Result<()> {
+    let what = || format!("reading the extents of {}", subvolume.display());
     let root = File::open(subvolume).step(what)?;
     let mut first = Key { objectid: 0, kind: 0, offset: 0 };
     let last = Key { objectid: u64::MAX, kind: u8::MAX, offset: u64::MAX };
-    let mut bytes = 0;
     loop {
         let items = btrfs::tree_search_since(&root, 0, first, last, since, SEARCH_ITEMS).step(what)?;
-        let Some(end) = items.last() else { return Ok(bytes) };
-        let extents = items.iter().filter(|item| item.key.kind == EXTENT_DATA_KEY);
-        bytes += extents.map(|item| local_bytes(&item.bytes, since, virtual_size)).sum::<u64>();
-        match end.key.successor() {
+        let Some(end) = items.last().map(|item| item.key) else { return Ok(()) };
+        for item in items.iter().filter(|item| item.key.kind == EXTENT_DATA_KEY) {
+            if let Some(extent) = Extent::parse(&item.bytes) {
+                visit(item.key, extent);
+            }
+        }
+        match end.successor() {
             Some(next) => first = next,
-            None => return Ok(bytes),
+            None => return Ok(()),
         }
     }
 }
 
-/// Of a `btrfs_file_extent_item`: its bytes, if it is newer than `since` and on the local device.
-fn local_bytes(item: &[u8], since: u64, virtual_size: u64) -> u64 {
-    const TYPE: usize = 20;
-    const INLINE: u8 = 0;
-    let number = |offset: usize| -> Option<u64> {
-        Some(u64::from_le_bytes(item.get(offset..offset + 8)?.try_into().ok()?))
-    };
-    let (Some(generation), Some(ram_bytes)) = (number(0), number(8)) else { return 0 };
-    if generation <= since {
-        return 0;
-    }
-    if item.get(TYPE) == Some(&INLINE) {
-        return ram_bytes;
-    }
-    match (number(21), number(45)) {
-        // 0 is a hole. In the virtual region logical and physical are equal: lazy data, cloned.
-        (Some(logical), Some(length)) if logical != 0 && !is_virtual(logical, virtual_size) => length,
-        _ => 0,
+/// Where the files of a subvolume have their data in the address space, by inode: ascending by file offset, neighbours
+/// joined.
+pub(crate) fn virtual_extents(subvolume: &Path, virtual_size: u64) -> Result<HashMap<u64, Vec<Run>>> {
+    let mut found: HashMap<u64, Vec<Run>> = HashMap::new();
+    for_each_extent(subvolume, 0, |key, extent| {
+        if is_virtual(extent.logical, virtual_size) {
+            let address = extent.logical - VIRTUAL_BASE + extent.offset;
+            let run = Run { file_offset: key.offset, address, length: extent.length };
+            push_run(found.entry(key.objectid).or_default(), run);
+        }
+    })?;
+    Ok(found)
+}
+
+/// Adds a run behind others of the same file, joined with the last where both are one.
+pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    match runs.last_mut() {
+        Some(last)
+            if last.file_offset + last.length == run.file_offset && last.address + last.length == run.address =>
+        {
+            last.length += run.length;
+        }
+        _ => runs.push(run),
     }
 }
 
@@ -188,26 +235,37 @@ fn is_virtual(logical: u64, virtual_size: u64) -> bool {
 mod tests {
     use super::*;
 
-    fn extent(generation: u64, kind: u8, logical: u64, length: u64) -> Vec<u8> {
+    #[test]
+    fn extents_are_parsed_and_torn_ones_are_not() {
         let mut item = vec![0; 53];
-        item[0..8].copy_from_slice(&generation.to_le_bytes());
+        item[0..8].copy_from_slice(&11u64.to_le_bytes());
         item[8..16].copy_from_slice(&100u64.to_le_bytes());
-        item[20] = kind;
-        item[21..29].copy_from_slice(&logical.to_le_bytes());
-        item[45..53].copy_from_slice(&length.to_le_bytes());
-        item
+        assert_eq!(Extent::parse(&item).map(|extent| extent.length), Some(100), "inline");
+        item[20] = 1;
+        assert!(Extent::parse(&item).is_none(), "a hole");
+        item[21..29].copy_from_slice(&(VIRTUAL_BASE + 8192).to_le_bytes());
+        item[37..45].copy_from_slice(&4096u64.to_le_bytes());
+        item[45..53].copy_from_slice(&12288u64.to_le_bytes());
+        let extent = Extent::parse(&item).unwrap();
+        assert_eq!((extent.generation, extent.offset, extent.length), (11, 4096, 12288));
+        assert!(Extent::parse(&item[..52]).is_none(), "torn");
     }
 
     #[test]
-    fn only_new_local_data_was_written() {
+    fn the_virtual_region_ends() {
         let size = 4 << 60;
-        let count = |item: &[u8]| local_bytes(item, 10, size);
-        assert_eq!(count(&extent(11, 1, 256 << 20, 4096)), 4096);
-        assert_eq!(count(&extent(10, 1, 256 << 20, 4096)), 0, "older than the container");
-        assert_eq!(count(&extent(11, 1, VIRTUAL_BASE + 4096, 4096)), 0, "a clone of lazy data");
-        assert_eq!(count(&extent(11, 1, VIRTUAL_BASE + size, 4096)), 4096, "a chunk behind the virtual region");
-        assert_eq!(count(&extent(11, 1, 0, 4096)), 0, "a hole");
-        assert_eq!(count(&extent(11, 0, 0, 0)), 100, "inline");
-        assert_eq!(count(&[0; 7]), 0, "torn");
+        assert!(!is_virtual(VIRTUAL_BASE - 1, size));
+        assert!(is_virtual(VIRTUAL_BASE, size));
+        assert!(!is_virtual(VIRTUAL_BASE + size, size), "a chunk behind the virtual region is local");
+    }
+
+    #[test]
+    fn neighbouring_runs_are_joined() {
+        let run = |file_offset, address, length| Run { file_offset, address, length };
+        let mut runs = Vec::new();
+        push_run(&mut runs, run(0, 4096, 4096));
+        push_run(&mut runs, run(4096, 8192, 4096));
+        push_run(&mut runs, run(8192, 4096, 4096));
+        assert_eq!(runs, [run(0, 4096, 8192), run(8192, 4096, 4096)]);
     }
 }

@@ -15,8 +15,8 @@ use crate::output::{self, seconds, size};
 use crate::progress::Bar;
 
 pub(crate) async fn index(context: &Context, source: &str, output: Option<PathBuf>) -> anyhow::Result<()> {
-    let mut bar = Bar::new(context.json);
-    let made = loam_pool::make_index(source, output, |progress| bar.update(&progress)).await;
+    let bar = Bar::new(context.json);
+    let made = loam_pool::make_index(source, output, bar.clone()).await;
     bar.finish();
     output::print(context.json, &made?, |made| {
         format!(
@@ -39,13 +39,9 @@ pub(crate) async fn add(
 ) -> anyhow::Result<()> {
     let source = loam_pool::absolute_source(&source)?;
     let index = index.map(|index| loam_pool::absolute_location(&index)).transpose()?;
-    let mut bar = Bar::new(context.json);
-    let mut notes = Vec::new();
-    let added: loam_pool::Result<Added> = context
-        .client
-        .job("/images", &AddRequest { name, source, index }, |p| bar.update(&p), |note| notes.push(note))
-        .await;
-    notes.iter().for_each(|note| bar.note(note));
+    let bar = Bar::new(context.json);
+    let added: loam_pool::Result<Added> =
+        context.client.job("/images", &AddRequest { name, source, index }, bar.as_ref()).await;
     bar.finish();
     output::print(context.json, &added?, |added| {
         format!(
@@ -153,9 +149,9 @@ pub(crate) async fn remove(context: &Context, names: &[String]) -> anyhow::Resul
 }
 
 pub(crate) async fn pin(context: &Context, name: String, paths: Vec<String>) -> anyhow::Result<()> {
-    let mut bar = Bar::new(context.json);
+    let bar = Bar::new(context.json);
     let pinned: loam_pool::Result<Pinned> =
-        context.client.job("/pin", &PinRequest { name, paths }, |progress| bar.update(&progress), |_| ()).await;
+        context.client.job("/pin", &PinRequest { name, paths }, bar.as_ref()).await;
     bar.finish();
     output::print(context.json, &pinned?, |pinned| {
         format!("{}: {} pinned, {} fetched", pinned.name, size(pinned.pinned_bytes), size(pinned.fetched_bytes))

@@ -10,8 +10,7 @@ use crate::output::{self, seconds, size};
 use crate::progress::Bar;
 
 pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<()> {
-    let mut bar = Bar::new(context.json);
-    let mut notes = Vec::new();
+    let bar = Bar::new(context.json);
     let options = MountOptions {
         source: loam_pool::absolute_source(&options.source)?,
         directory: options.directory,
@@ -20,9 +19,7 @@ pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<(
         transport: options.transport.into(),
         foreground: options.foreground,
     };
-    let report =
-        loam_pool::mount_image(&context.directory, &options, |p| bar.update(&p), |note| notes.push(note)).await;
-    notes.iter().for_each(|note| bar.note(note));
+    let report = loam_pool::mount_image(&context.directory, &options, bar.clone()).await;
     bar.finish();
     output::print(context.json, &report?, |report| {
         format!(

@@ -38,9 +38,6 @@ pub(crate) async fn up(context: &Context, options: Up) -> anyhow::Result<()> {
         foreground: options.foreground,
     };
     let outcome = loam_pool::up(&context.directory, &options).await?;
-    if let UpOutcome::Ended = outcome {
-        return Ok(());
-    }
     let status: Status = context.client.get("/status").await?;
     output::print(context.json, &status, |status| {
         let mount = status.mount.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
@@ -94,7 +91,7 @@ pub(crate) async fn check(context: &Context, read_data: bool) -> anyhow::Result<
     Ok(if checked.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn describe_check(checked: &Checked) -> String {
+pub(crate) fn describe_check(checked: &Checked) -> String {
     let mut text = String::new();
     for (what, count) in &checked.checked {
         let _ = writeln!(text, "{what}: {count} checked");

@@ -1,7 +1,8 @@
 //! The daemon's control interface: HTTP and JSON on a Unix socket that only root can open. Each handler names one
 //! operation of [`Pool`]; blocking ones run on the blocking pool, long ones answer with a stream of lines.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -13,15 +14,15 @@ use axum::{Json, response};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::Pool;
-use super::metrics;
+use super::{Pool, lock_of, metrics};
 use crate::error::{Error, Result};
+use crate::indexes::Watch;
 use crate::protocol::{
     AddRangeRequest, AddRequest, CreateRequest, EvictRequest, Failure, JobLine, PinRequest, Progress,
 };
 
-/// Lines of a job that may wait for a slow client.
-const JOB_LINES: usize = 64;
+/// Progress is told at most this often, so that a slow client has few lines waiting.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// All routes.
 pub(super) fn router(pool: Arc<Pool>) -> Router {
@@ -100,7 +101,7 @@ async fn show(State(pool): State<Arc<Pool>>, Path(name): Path<String>) -> Answer
 }
 
 async fn remove(State(pool): State<Arc<Pool>>, Path(name): Path<String>) -> Answer<()> {
-    blocking(pool, move |pool| pool.remove(&name)).await
+    pool.remove(name).await.map(Json).map_err(Refusal)
 }
 
 async fn evict(
@@ -129,39 +130,41 @@ async fn check(
 }
 
 async fn down(State(pool): State<Arc<Pool>>) -> Answer<()> {
-    blocking(pool.clone(), |pool| pool.unmount()).await?;
+    let answer = blocking(pool.clone(), |pool| pool.unmount()).await?;
     pool.stop();
-    Ok(Json(()))
+    Ok(answer)
 }
 
 async fn add(State(pool): State<Arc<Pool>>, Json(request): Json<AddRequest>) -> Response {
-    job(move |report| async move { pool.add_image(&request, &report).await })
+    job(move |report| async move { pool.add_image(&request, report).await })
 }
 
 async fn pin(State(pool): State<Arc<Pool>>, Json(request): Json<PinRequest>) -> Response {
-    job(move |report| async move { pool.pin(&request, &report).await })
+    job(move |report| async move { pool.pin(&request, report).await })
 }
 
-/// Where long work tells how far it is. When the client has gone, [`Report::cancelled`] is true and the work undoes
-/// what it began.
-#[derive(Clone)]
-pub(crate) struct Report(mpsc::Sender<Vec<u8>>);
+/// The client of a long request. When it has gone, the work is cancelled and undoes what it began.
+struct Report {
+    lines: mpsc::UnboundedSender<Vec<u8>>,
+    last: Mutex<Instant>,
+}
 
-impl Report {
-    /// Drops the line when the client is slow: the next one says more.
-    pub(crate) fn progress(&self, step: &str, done: u64, total: u64, unit: &str) {
-        let progress = Progress { step: step.to_owned(), done, total, unit: unit.to_owned() };
-        let _ = self.0.try_send(line::<()>(&JobLine::Progress(progress)));
+impl Watch for Report {
+    fn progress(&self, step: &str, done: u64, total: u64, unit: &str) {
+        let mut last = lock_of(&self.last);
+        if last.elapsed() >= PROGRESS_INTERVAL {
+            *last = Instant::now();
+            let progress = Progress { step: step.to_owned(), done, total, unit: unit.to_owned() };
+            let _ = self.lines.send(line::<()>(&JobLine::Progress(progress)));
+        }
     }
 
-    /// Tells the user something.
-    pub(crate) async fn note(&self, note: String) {
-        let _ = self.0.send(line::<()>(&JobLine::Note(note))).await;
+    fn note(&self, note: String) {
+        let _ = self.lines.send(line::<()>(&JobLine::Note(note)));
     }
 
-    /// Whether nobody waits for the result any more.
-    pub(crate) fn cancelled(&self) -> bool {
-        self.0.is_closed()
+    fn cancelled(&self) -> bool {
+        self.lines.is_closed()
     }
 }
 
@@ -172,18 +175,19 @@ fn line<T: Serialize>(line: &JobLine<T>) -> Vec<u8> {
 }
 
 /// Runs long work as a task of its own, so that it can undo what it began when the client goes away.
-fn job<T, F>(work: impl FnOnce(Report) -> F + Send + 'static) -> Response
+fn job<T, F>(work: impl FnOnce(Arc<dyn Watch>) -> F + Send + 'static) -> Response
 where
     T: Serialize + Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    let (sender, receiver) = mpsc::channel(JOB_LINES);
+    let (lines, receiver) = mpsc::unbounded_channel();
+    let report = Arc::new(Report { lines: lines.clone(), last: Mutex::new(Instant::now()) });
     tokio::spawn(async move {
-        let last = match work(Report(sender.clone())).await {
+        let last = match work(report).await {
             Ok(result) => line(&JobLine::Done(result)),
             Err(error) => line::<()>(&JobLine::Failed(failure(&error))),
         };
-        let _ = sender.send(last).await;
+        let _ = lines.send(last);
     });
     let stream = futures_util::stream::unfold(receiver, |mut receiver| async move {
         let bytes = receiver.recv().await?;

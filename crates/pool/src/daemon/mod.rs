@@ -1,0 +1,378 @@
+//! The daemon: opens map and cache, attaches (or takes over) the virtual device, mounts the filesystem, and then answers
+//! the control socket until it is told to go down.
+
+mod api;
+mod metrics;
+mod operations;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use loam_attach::fuse::ServerOptions;
+use loam_attach::holder::FdStore;
+use loam_attach::{AttachOptions, Attachment, FileAttachment, LoopTransport};
+use loam_block::{BlockDevice, FileDevice};
+use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions};
+use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
+use tokio::net::UnixListener;
+use tokio::sync::Notify;
+
+use crate::catalog::Catalog;
+use crate::config::{Config, LocalDevice, Purpose, UnmappedChoice};
+use crate::content::Contents;
+use crate::directory::{PoolDirectory, remove_if_there};
+use crate::error::{Context, Error, Result};
+use crate::kernel;
+use crate::launch::UpOptions;
+use crate::state::{AttachState, find_local, tear_down};
+
+/// How long a daemon waits for the lock of one that is just dying.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A pool that is up.
+pub(crate) struct Pool {
+    directory: PoolDirectory,
+    config: Config,
+    map: Arc<Map>,
+    space: Arc<AddressSpace>,
+    contents: Arc<Contents>,
+    state: AttachState,
+    attachment: Mutex<Attachment>,
+    local: Mutex<Option<FileAttachment>>,
+    store: FdStore,
+    catalog: OnceLock<Catalog>,
+    /// Names that are being added right now.
+    reserved: Mutex<HashSet<String>>,
+    started: Instant,
+    stop: Notify,
+    _lock: File,
+}
+
+/// Runs the daemon until it is told to stop. Why it could not start is left in `run/failure` for whoever started it.
+///
+/// # Errors
+/// What kept it from starting, or from ending cleanly.
+pub fn daemon_main(directory: &PoolDirectory, options: &UpOptions) -> Result<()> {
+    let result = serve(directory, options);
+    if let Err(error) = &result {
+        let hint = error.hint().map(|hint| format!("\n{hint}")).unwrap_or_default();
+        // Whoever waits for the daemon reads this; that it cannot be written must not hide the error itself.
+        let _ = fs::write(directory.failure(), format!("{}{hint}", error.chain()));
+        tracing::error!("{}", error.chain());
+    }
+    result
+}
+
+fn serve(directory: &PoolDirectory, options: &UpOptions) -> Result<()> {
+    let config = Config::load(directory)?;
+    let lock = lock(directory)?;
+    if let Err(error) = loam_sys::process::become_io_flusher() {
+        tracing::debug!("memory reclaim may wait for this process: {error}");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("loam")
+        .enable_all()
+        .build()
+        .step(|| "starting the runtime".to_owned())?;
+    let pool = runtime.block_on(async { tokio::task::block_in_place(|| Pool::start(directory, config, options, lock)) });
+    let pool = Arc::new(pool?);
+    runtime.block_on(pool.clone().answer())?;
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+fn lock(directory: &PoolDirectory) -> Result<File> {
+    let path = directory.lock();
+    let file = File::create(&path).step(|| format!("making {}", path.display()))?;
+    let began = Instant::now();
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if began.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Locked(directory.root().to_owned())),
+            Err(error) => return Err(Error::step(format!("locking {}", path.display()), error)),
+        }
+    }
+}
+
+impl Pool {
+    fn start(directory: &PoolDirectory, config: Config, options: &UpOptions, lock: File) -> Result<Self> {
+        let started = Instant::now();
+        let store = FdStore::from_environment().step(|| "asking for kept descriptors".to_owned())?;
+        let map = Arc::new(Map::open(directory.map()).step(|| "opening the map".to_owned())?);
+        let cache_options = CacheOptions { limit_bytes: config.cache_limit, ..CacheOptions::default() };
+        let cache = Cache::open(directory.cache(), cache_options).step(|| "opening the cache".to_owned())?;
+        let http = HttpClient::new(HttpOptions::default()).step(|| "setting up HTTP".to_owned())?;
+        let contents = Arc::new(Contents::new(directory, cache, http));
+        let unmapped = match options.unmapped {
+            UnmappedChoice::Error => Unmapped::Error,
+            UnmappedChoice::Zeros => Unmapped::Zeros,
+        };
+        let space = Arc::new(AddressSpace::new(map.clone(), contents.clone(), unmapped));
+        let device = virtual_device(directory, &space)?;
+        let (attachment, state) = attach(directory, &config, options, device, &store)?;
+        let local = attach_local(&config)?;
+        let local_path = match (&config.local, &local) {
+            (LocalDevice::Block(path), _) => path.clone(),
+            (LocalDevice::File(_), Some(local)) => local.device_path(),
+            (LocalDevice::File(path), None) => path.clone(),
+        };
+        let pool = Pool {
+            directory: directory.clone(),
+            map,
+            space,
+            contents,
+            attachment: Mutex::new(attachment),
+            local: Mutex::new(local),
+            store,
+            catalog: OnceLock::new(),
+            reserved: Mutex::default(),
+            started,
+            stop: Notify::new(),
+            state,
+            config,
+            _lock: lock,
+        };
+        if let Err(error) = pool.mount_filesystem(&local_path) {
+            // Nothing was mounted, so nothing may stay attached.
+            pool.detach()?;
+            return Err(error);
+        }
+        Ok(pool)
+    }
+
+    fn mount_filesystem(&self, local_device: &Path) -> Result<()> {
+        kernel::mount_pool(&self.config, &self.state.device, local_device, &self.state.mount)?;
+        if self.config.purpose == Purpose::Pool {
+            let catalog = Catalog::open(&self.state.mount, self.config.virtual_size)?;
+            for removed in catalog.mend()? {
+                tracing::warn!("removed {removed}");
+            }
+            let _ = self.catalog.set(catalog);
+        }
+        Ok(())
+    }
+
+    /// Listens on the control socket until told to stop.
+    async fn answer(self: Arc<Self>) -> Result<()> {
+        let socket = self.directory.control_socket();
+        remove_if_there(&socket)?;
+        let listener = UnixListener::bind(&socket).step(|| format!("listening on {}", socket.display()))?;
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))
+            .step(|| format!("closing {}", socket.display()))?;
+        remove_if_there(&self.directory.failure())?;
+        self.store.ready().step(|| "saying that the pool is up".to_owned())?;
+        if !self.store.keeps() {
+            tracing::warn!("nobody keeps the descriptors: readers get errors if this process dies");
+        }
+        tracing::info!(
+            pool = %self.directory.root().display(),
+            device = %self.state.device.display(),
+            mount = %self.state.mount.display(),
+            restarts = self.state.restarts,
+            ready_ms = self.started.elapsed().as_millis() as u64,
+            "serving"
+        );
+        let terminated = tokio::spawn(self.clone().obey_signals());
+        let watched = tokio::spawn(self.clone().watch_holder());
+        let pool = self.clone();
+        axum::serve(listener, api::router(self.clone()))
+            .with_graceful_shutdown(async move { pool.stop.notified().await })
+            .await
+            .step(|| "answering the control socket".to_owned())?;
+        terminated.abort();
+        watched.abort();
+        remove_if_there(&socket)?;
+        tracing::info!("down");
+        Ok(())
+    }
+
+    /// Without its holder the daemon serves on, but its own death would now be the pool's.
+    async fn watch_holder(self: Arc<Self>) {
+        if self.store.lost().await.is_ok() {
+            tracing::error!("the holder is gone: take the pool down and up again to be safe from crashes again");
+        }
+    }
+
+    /// SIGTERM and SIGINT mean: go down, unless that would break a reader.
+    async fn obey_signals(self: Arc<Self>) {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut terminate), Ok(mut interrupt)) =
+            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            return;
+        };
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            match tokio::task::block_in_place(|| self.unmount()) {
+                Ok(()) => return self.stop(),
+                Err(error) => tracing::error!("not going down: {}", error.chain()),
+            }
+        }
+    }
+
+    /// Unmounts and detaches everything; when something is busy, says what, and goes on as before.
+    fn unmount(&self) -> Result<()> {
+        let devices = [self.state.device.as_path()];
+        let mut paths = devices.to_vec();
+        let local = lock_of(&self.local).as_ref().map(FileAttachment::device_path);
+        paths.extend(local.as_deref());
+        if let LocalDevice::Block(path) = &self.config.local {
+            paths.push(path);
+        }
+        if kernel::is_mounted(&self.state.mount, &paths)? {
+            kernel::unmount(&self.state.mount)?;
+        }
+        self.detach()
+    }
+
+    fn detach(&self) -> Result<()> {
+        lock_of(&self.attachment).detach(&self.store).step(|| format!("detaching {}", self.state.device.display()))?;
+        if let Some(local) = lock_of(&self.local).as_mut() {
+            local.detach().step(|| "detaching the local device".to_owned())?;
+        }
+        remove_if_there(&self.directory.attach_state())
+    }
+
+    fn stop(&self) {
+        // A holder that is not told would only see a clean exit, which it takes for the same.
+        let _ = self.store.stopping();
+        self.stop.notify_one();
+    }
+
+    /// The catalogue; a single mounted image has none.
+    pub(crate) fn catalog(&self) -> Result<&Catalog> {
+        self.catalog.get().ok_or_else(|| {
+            Error::invalid(self.directory.root().display().to_string(), "a mounted image has no images or containers")
+        })
+    }
+
+    pub(crate) fn directory(&self) -> &PoolDirectory {
+        &self.directory
+    }
+
+    pub(crate) fn map(&self) -> &Arc<Map> {
+        &self.map
+    }
+
+    pub(crate) fn contents(&self) -> &Arc<Contents> {
+        &self.contents
+    }
+
+    pub(crate) fn mount(&self) -> &Path {
+        &self.state.mount
+    }
+
+    /// Keeps a name from being added twice at the same time.
+    fn reserve(&self, name: &str) -> Result<Reservation<'_>> {
+        if !lock_of(&self.reserved).insert(name.to_owned()) {
+            return Err(Error::Exists { kind: "an image in the making", name: name.to_owned() });
+        }
+        Ok(Reservation { pool: self, name: name.to_owned() })
+    }
+
+    fn error_counters(&self) -> BTreeMap<String, u64> {
+        let failed = self.contents.cache().stats().errors;
+        let mut errors = BTreeMap::from([
+            ("changed".to_owned(), failed.changed),
+            ("corrupt".to_owned(), failed.corrupt),
+            ("unavailable".to_owned(), failed.unavailable),
+            ("timed_out".to_owned(), failed.timed_out),
+            ("other".to_owned(), failed.other),
+        ]);
+        let space = self.space.counters();
+        errors.insert("unmapped".to_owned(), space.unmapped_reads);
+        errors.insert("unresolved".to_owned(), space.resolve_failures);
+        let served = lock_of(&self.attachment).stats();
+        errors.insert("reads_failed".to_owned(), served.errors);
+        errors.insert("protocol".to_owned(), served.protocol_errors);
+        errors
+    }
+}
+
+/// A name that nobody else can add meanwhile.
+struct Reservation<'a> {
+    pool: &'a Pool,
+    name: String,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        lock_of(&self.pool.reserved).remove(&self.name);
+    }
+}
+
+/// Locks; what a panicking request leaves behind is whole, because nothing is changed in more than one step.
+fn lock_of<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The virtual device of a pool: the formatted prefix, then the address space.
+fn virtual_device(directory: &PoolDirectory, space: &Arc<AddressSpace>) -> Result<Arc<dyn BlockDevice>> {
+    let path = directory.virtual_image();
+    let options = loam_block::FileOptions { read_only: true, ..loam_block::FileOptions::default() };
+    let prefix = FileDevice::open(&path, options).step(|| format!("opening {}", path.display()))?;
+    Ok(Arc::new(VirtualDevice::new(Arc::new(prefix), space.clone())))
+}
+
+/// Takes over the attachment of a daemon that died, or makes a new one after removing what a dead one left.
+fn attach(
+    directory: &PoolDirectory,
+    config: &Config,
+    options: &UpOptions,
+    device: Arc<dyn BlockDevice>,
+    store: &FdStore,
+) -> Result<(Attachment, AttachState)> {
+    let runtime = tokio::runtime::Handle::current();
+    let attach_options = AttachOptions {
+        server: ServerOptions { threads: options.threads.map(usize::from), ..ServerOptions::default() },
+        ..AttachOptions::default()
+    };
+    if let (false, Some(mut state)) = (store.names().is_empty(), AttachState::load(directory)?) {
+        let transport = state.transport.clone();
+        let attachment = LoopTransport::resume(device, runtime, &attach_options, transport, store)
+            .step(|| format!("taking over {}", state.device.display()))?;
+        state.restarts += 1;
+        state.save(directory)?;
+        return Ok((attachment, state));
+    }
+    tear_down(directory, config)?;
+    let attachment = LoopTransport::attach(device, runtime, &attach_options, store)
+        .step(|| "attaching the virtual device".to_owned())?;
+    let state = AttachState {
+        transport: attachment.state().clone(),
+        device: attachment.device_path(),
+        mount: mount_point(directory, config, options)?,
+        restarts: 0,
+    };
+    state.save(directory)?;
+    Ok((attachment, state))
+}
+
+fn mount_point(directory: &PoolDirectory, config: &Config, options: &UpOptions) -> Result<PathBuf> {
+    let chosen = options.mount.clone().or_else(|| config.mount_point.clone());
+    let path = chosen.unwrap_or_else(|| directory.default_mount());
+    fs::create_dir_all(&path).step(|| format!("making {}", path.display()))?;
+    // The table of mounts shows paths without symbolic links.
+    path.canonicalize().step(|| format!("path {}", path.display()))
+}
+
+fn attach_local(config: &Config) -> Result<Option<FileAttachment>> {
+    let LocalDevice::File(path) = &config.local else { return Ok(None) };
+    if let Some(attached) = find_local(config)? {
+        return Ok(Some(attached));
+    }
+    FileAttachment::attach(path, &loam_attach::FileOptions::default())
+        .step(|| format!("attaching {}", path.display()))
+        .map(Some)
+}

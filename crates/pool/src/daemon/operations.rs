@@ -1,0 +1,226 @@
+//! What a pool that is up can be asked to do, one method for each request of the control socket.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use loam_space::ContentId;
+
+use super::{Pool, lock_of};
+use crate::catalog::{ContainerRecord, ImageRecord, Kind};
+use crate::content::{ContentSpec, place};
+use crate::error::{Context, Error, Result};
+use crate::indexes::{self, Watch};
+use crate::protocol::{
+    AddRangeRequest, AddRequest, Added, CacheStatus, Checked, ContainerStatus, CreateRequest, DaemonStatus, Evicted,
+    Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, VirtualStatus,
+};
+use crate::{check, containers, images, pins};
+
+impl Pool {
+    /// Everything that `loam status` shows.
+    pub(crate) fn status(&self) -> Result<Status> {
+        let cache = self.contents.cache().stats();
+        let map = self.map.stats();
+        let served = lock_of(&self.attachment).stats();
+        let Listing { images, containers } =
+            if self.catalog.get().is_some() { self.list()? } else { Listing { images: vec![], containers: vec![] } };
+        let requests = BTreeMap::from([
+            ("local".to_owned(), served.hits),
+            ("waited".to_owned(), served.misses),
+            ("failed".to_owned(), served.errors),
+            ("waiting".to_owned(), served.waiting),
+        ]);
+        Ok(Status {
+            pool: self.directory.root().to_owned(),
+            state: "up".to_owned(),
+            transport: Some("loop".to_owned()),
+            device: Some(self.state.device.clone()),
+            mount: Some(self.state.mount.clone()),
+            daemon: Some(DaemonStatus {
+                pid: std::process::id(),
+                uptime_ns: self.started.elapsed().as_nanos() as u64,
+                restarts: self.state.restarts,
+            }),
+            r#virtual: VirtualStatus { size: self.map.size(), ranges: map.ranges, mapped_bytes: map.mapped_bytes },
+            cache: CacheStatus {
+                bytes: cache.bytes,
+                limit: cache.limit,
+                hits: cache.hits,
+                misses: cache.misses,
+                fetched_bytes: cache.fetched_bytes,
+                bad_blocks: cache.bad_blocks,
+            },
+            images,
+            containers,
+            errors: self.error_counters(),
+            requests,
+        })
+    }
+
+    /// Images and containers.
+    pub(crate) fn list(&self) -> Result<Listing> {
+        let mut shown = Vec::new();
+        for name in self.catalog()?.names(Kind::Image)? {
+            match images::status(self, &name) {
+                Ok(image) => shown.push(image),
+                Err(Error::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Listing { images: shown, containers: containers::list(self.catalog()?)? })
+    }
+
+    /// Adds an image.
+    pub(crate) async fn add_image(
+        self: &Arc<Self>,
+        request: &AddRequest,
+        watch: Arc<dyn Watch>,
+    ) -> Result<Added> {
+        let _reserved = self.reserve(&request.name)?;
+        images::add(self, request, watch).await
+    }
+
+    /// Makes a container.
+    pub(crate) fn create_container(&self, request: &CreateRequest) -> Result<ContainerStatus> {
+        let _reserved = self.reserve(&request.name)?;
+        containers::create(self.catalog()?, request)
+    }
+
+    /// Everything about one name.
+    pub(crate) fn show(&self, name: &str) -> Result<Shown> {
+        let catalog = self.catalog()?;
+        let (kind, image_name, written) = match catalog.taken(name) {
+            Some(Kind::Image) => (Kind::Image, name.to_owned(), None),
+            Some(Kind::Container) => {
+                let container = containers::status(catalog, name)?;
+                (Kind::Container, container.image, Some(container.written_bytes))
+            }
+            None => return Err(Error::NotFound { kind: "image or container", name: name.to_owned() }),
+        };
+        let image: ImageRecord = catalog.read(Kind::Image, &image_name)?;
+        Ok(Shown {
+            kind: kind.name().to_owned(),
+            name: name.to_owned(),
+            path: catalog.subvolume(kind, name),
+            image: (kind == Kind::Container).then_some(image_name),
+            files: image.files,
+            bytes: image.bytes,
+            local_bytes: self.local_bytes(image.content)? + written.unwrap_or(0),
+            written_bytes: written,
+            lazy: image.lazy,
+            index: image.index,
+            address: image.address,
+            length: image.length,
+            source: image.source,
+        })
+    }
+
+    /// Removes an image or container. An image's range stays in the map, because its data may have been cloned to
+    /// elsewhere in the pool; its cached chunks go.
+    pub(crate) async fn remove(self: &Arc<Self>, name: String) -> Result<()> {
+        let pool = self.clone();
+        let content = tokio::task::spawn_blocking(move || match pool.catalog()?.taken(&name) {
+            Some(Kind::Image) => images::remove(pool.catalog()?, &name),
+            Some(Kind::Container) => pool.catalog()?.remove(Kind::Container, &name).map(|()| None),
+            None => Err(Error::NotFound { kind: "image or container", name }),
+        })
+        .await
+        .step(|| "removing".to_owned())??;
+        match content.map(ContentId) {
+            Some(id) => self.contents.drop_chunks(id, &self.spec(id)?).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The image behind a name, which may be a container's.
+    pub(crate) fn image_of(&self, name: &str) -> Result<(String, ImageRecord)> {
+        let catalog = self.catalog()?;
+        let image = match catalog.taken(name) {
+            Some(Kind::Container) => catalog.read::<ContainerRecord>(Kind::Container, name)?.image,
+            Some(Kind::Image) => name.to_owned(),
+            None => return Err(Error::NotFound { kind: "image or container", name: name.to_owned() }),
+        };
+        let record = catalog.read(Kind::Image, &image)?;
+        Ok((image, record))
+    }
+
+    /// What a content of the map is.
+    pub(crate) fn spec(&self, id: ContentId) -> Result<ContentSpec> {
+        let bytes = self.map.spec(id).ok_or_else(|| Error::step(format!("content {id}"), "not in the map"))?;
+        ContentSpec::decode(&bytes)
+    }
+
+    /// Bytes of an image's content that are in the cache.
+    pub(crate) fn local_bytes(&self, content: Option<u32>) -> Result<u64> {
+        let Some(id) = content.map(ContentId) else { return Ok(0) };
+        Ok(self.contents.local_bytes(id, &self.spec(id)?))
+    }
+
+    /// Fetches all of an image, or some paths of it, and keeps it.
+    pub(crate) async fn pin(self: &Arc<Self>, request: &PinRequest, watch: Arc<dyn Watch>) -> Result<Pinned> {
+        let (image, record) = self.image_of(&request.name)?;
+        let Some(id) = record.content.map(ContentId) else {
+            return Ok(Pinned { name: image, pinned_bytes: 0, fetched_bytes: 0 });
+        };
+        let digest = record.index.parse().step(|| format!("the record of image {image}"))?;
+        let index = indexes::load(&self.directory, &digest)?;
+        let (ranges, pinned_bytes) = pins::ranges_of(&index, &request.paths)?;
+        let device = self.contents.device(id, &self.spec(id)?).await?;
+        let before = self.contents.cache().stats().fetched_bytes;
+        let told = move |progress: loam_content::Progress| {
+            watch.progress("fetching", progress.done_bytes, progress.total_bytes, "bytes");
+        };
+        device.pin(&ranges, &told).await.step(|| format!("pinning {}", request.name))?;
+        let fetched_bytes = self.contents.cache().stats().fetched_bytes - before;
+        Ok(Pinned { name: request.name.clone(), pinned_bytes, fetched_bytes })
+    }
+
+    /// Evicts until at most `keep_bytes` are left.
+    pub(crate) async fn evict(self: &Arc<Self>, keep_bytes: u64) -> Result<Evicted> {
+        let pool = self.clone();
+        let evicted = tokio::task::spawn_blocking(move || pool.contents.cache().evict(keep_bytes));
+        let evicted_bytes = evicted.await.step(|| "evicting".to_owned())?;
+        Ok(Evicted { evicted_bytes, bytes: self.contents.cache().stats().bytes })
+    }
+
+    /// Gives a file or URL a range.
+    pub(crate) async fn add_range(&self, request: &AddRangeRequest) -> Result<RangeStatus> {
+        let what = || format!("adding {}", request.source);
+        let url = indexes::parse_location(&request.source)?;
+        let bytes = loam_content::open(self.contents.http(), &url, None).await.step(what)?;
+        let spec = ContentSpec::Bytes { source: request.source.clone(), pin: bytes.pin().clone() };
+        let length = bytes.length().next_multiple_of(loam_space::BLOCK);
+        let (_, range) = place(&self.map, &spec, length)?;
+        Ok(RangeStatus {
+            address: range.start.0,
+            length: range.length,
+            source: request.source.clone(),
+            kind: spec.kind().to_owned(),
+        })
+    }
+
+    /// All ranges.
+    pub(crate) fn ranges(&self) -> Result<Ranges> {
+        let mut ranges = Vec::new();
+        for range in self.map.ranges() {
+            let spec = self.spec(range.content)?;
+            ranges.push(RangeStatus {
+                address: range.start.0,
+                length: range.length,
+                source: spec.source().to_owned(),
+                kind: spec.kind().to_owned(),
+            });
+        }
+        Ok(Ranges { ranges })
+    }
+
+    /// Checks what can be checked while the pool is up.
+    pub(crate) async fn check(self: &Arc<Self>, read_data: bool) -> Result<Checked> {
+        let pool = self.clone();
+        let mut checked = tokio::task::spawn_blocking(move || check::clones(&pool))
+            .await
+            .step(|| "checking".to_owned())??;
+        check::contents(&self.contents, &self.map, read_data, &mut checked).await?;
+        Ok(checked)
+    }
+}
