@@ -226,6 +226,13 @@ impl Cache {
         self.shared.room.evict(keep_bytes, &self.shared.counters)
     }
 
+    /// Drops every chunk of the content `key` that is not pinned; gives the bytes dropped. They are fetched again when they
+    /// are read. Blocks: call it from a thread that may.
+    pub fn evict_content(&self, key: &str) -> u64 {
+        let shelf = lock(&self.contents).shelves.get(key).cloned();
+        shelf.map_or(0, |shelf| self.shared.room.evict_content(&shelf, &self.shared.counters))
+    }
+
     /// Removes everything of the content `key`, its recorded digests too: only for keys that never come back. Waits for
     /// fetches of it that are still on the way.
     ///

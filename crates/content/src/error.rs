@@ -233,6 +233,6 @@ impl Error {
 
 impl From<Error> for loam_block::Error {
     fn from(error: Error) -> loam_block::Error {
-        loam_block::Error::with_source(error.kind(), error.to_string(), error)
+        loam_block::Error::new(error.kind(), error.to_string())
     }
 }

@@ -113,6 +113,12 @@ impl Room {
         dropped
     }
 
+    /// Drops every chunk of one content that is not pinned; gives the bytes dropped. Blocks.
+    pub(crate) fn evict_content(&self, shelf: &Shelf, counters: &Counters) -> u64 {
+        let _hand = lock(&self.hand);
+        self.sweep(shelf, &mut 0, Lap::WholeStreams, 0, counters)
+    }
+
     fn sweep(&self, shelf: &Shelf, hand: &mut u64, lap: Lap, keep: u64, counters: &Counters) -> u64 {
         let store = &shelf.store;
         let mut dropped = 0;

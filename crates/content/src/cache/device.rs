@@ -136,9 +136,10 @@ impl BlockDevice for CachedDevice {
             return Io::Ready(Ok(()));
         }
         Io::pending(async move {
+            let length = buffer.len();
             self.content.clone().read_slow(offset, buffer).await.map_err(|error| {
-                let kind = error.kind();
-                BlockError::with_source(kind, error.to_string(), error)
+                let context = format!("read of {length} bytes at {offset} of {}", self.content.name());
+                BlockError::with_source(error.kind(), context, error)
             })
         })
     }
