@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use loam_content::{ByteSource, SourceUrl, WireTotals};
+use loam_content::{ByteSource, HttpClient, HttpOptions, SourceUrl, WireTotals};
 use tokio::sync::mpsc;
 
 use crate::content::{ChunkSink, Content, Stored};
@@ -53,6 +53,8 @@ pub struct BuildOptions {
     pub chunk_bytes: u32,
     /// Files of at most this many bytes are kept in the index; at most [`INLINE_BYTES_MAX`].
     pub inline_bytes: usize,
+    /// Connections for sources on the network; made when needed if there are none.
+    pub http: Option<HttpClient>,
     /// Told now and then.
     pub progress: Option<ProgressFn>,
     /// Set from outside to end the build with [`Error::Cancelled`].
@@ -64,6 +66,7 @@ impl Default for BuildOptions {
         BuildOptions {
             chunk_bytes: CHUNK_BYTES_DEFAULT,
             inline_bytes: INLINE_BYTES_DEFAULT,
+            http: None,
             progress: None,
             cancel: Arc::default(),
         }
@@ -123,9 +126,12 @@ pub async fn build(
         SourceSpec::Directory(path) => blocking(move || job.directory(&path)).await?,
         SourceSpec::Tar(SourceUrl::File(path)) => blocking(move || job.tar_file(path, name)).await?,
         SourceSpec::Tar(url) => {
-            let _ = tar_stream;
-            let _ = name;
-            return Err(Error::Spec { spec: url.to_string(), reason: String::new() });
+            let http = match &options.http {
+                Some(http) => http.clone(),
+                None => HttpClient::new(HttpOptions::default())?,
+            };
+            let source = loam_content::open(&http, &url, None).await?;
+            tar_stream(job, source.as_ref(), name).await?
         }
     };
     report.index_bytes = index.len() as u64;

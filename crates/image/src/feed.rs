@@ -18,9 +18,6 @@ pub(crate) enum Feed {
     File { file: File, buffer: Vec<u8>, filled: usize },
     /// Buffers sent by a task.
     Channel { receiver: mpsc::Receiver<Result<Bytes, loam_content::Error>>, current: Bytes },
-    /// Bytes at hand.
-    #[cfg(test)]
-    Bytes(Bytes),
 }
 
 impl Feed {
@@ -36,8 +33,6 @@ impl Feed {
         match self {
             Feed::File { buffer, filled, .. } => &buffer[..*filled],
             Feed::Channel { current, .. } => current,
-            #[cfg(test)]
-            Feed::Bytes(bytes) => bytes,
         }
     }
 
@@ -64,8 +59,6 @@ impl Feed {
                 };
                 break;
             },
-            #[cfg(test)]
-            Feed::Bytes(bytes) => *bytes = Bytes::new(),
         }
         Ok(())
     }

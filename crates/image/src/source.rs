@@ -15,13 +15,14 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use loam_block::ErrorKind;
-use loam_content::{ByteSource, ChunkSender, ChunkSource, Digest, FetchCost, WireTotals};
+use loam_content::{ByteSource, ChunkSender, ChunkSource, Digest, FetchCost, HttpClient, WireTotals};
 use rustix::fs::{Mode, OFlags};
 use tokio::sync::mpsc;
 
 use crate::decode::Compression;
 use crate::feed::{CHANNEL_BUFFERS, Feed, HashedFeed, READ_BYTES};
 use crate::index::{BlobKind, Index, Piece};
+use crate::spec::SourceSpec;
 use crate::walk::open_beneath;
 use crate::{Error, Result};
 
@@ -51,6 +52,23 @@ struct Directory {
 }
 
 impl ImageSource {
+    /// The image that `spec` names. An archive on the network is not asked before the first fetch: its length is known
+    /// from the index.
+    ///
+    /// # Errors
+    /// As [`ImageSource::archive`] and [`ImageSource::directory`]; [`Error::Content`] when the archive cannot be opened.
+    pub async fn open(index: Arc<Index>, spec: &SourceSpec, http: &HttpClient) -> Result<ImageSource> {
+        match spec {
+            SourceSpec::Directory(path) => ImageSource::directory(index, path),
+            SourceSpec::Tar(url) => {
+                let length = index.blobs().first().map_or(0, |blob| blob.length);
+                let pin = loam_content::Pin::of_length(length);
+                let bytes = loam_content::open(http, url, Some(&pin)).await?;
+                ImageSource::archive(index, bytes)
+            }
+        }
+    }
+
     /// An image whose archive is `bytes`.
     ///
     /// # Errors

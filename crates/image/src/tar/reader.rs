@@ -6,6 +6,9 @@ use super::{BLOCK_BYTES, EXTENDED_BYTES_MAX, Input, Segment, sparse};
 use crate::entry::{Metadata, Time};
 use crate::{Error, Result};
 
+/// Longest part of an entry's path that an error shows, bytes.
+const SHOWN_BYTES_MAX: usize = 512;
+
 /// What a member is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum MemberKind {
@@ -216,7 +219,10 @@ impl<'a> TarReader<'a> {
             }
             b'S' => self.gnu_sparse(block, header, &extended)?,
             // v7 knows directories by the slash behind their name alone.
-            b'0' | 0 if is_directory_name => MemberKind::Directory,
+            b'0' | 0 if is_directory_name => {
+                self.begin_data(self.stored_size(header, &extended)?)?;
+                MemberKind::Directory
+            }
             // POSIX: what is not known is a regular file.
             _ => self.file(header, &extended, sparse)?,
         };
@@ -300,6 +306,9 @@ impl<'a> TarReader<'a> {
 
 /// An error about the entry called `path`.
 pub(crate) fn archive_error(path: &[u8], position: u64, reason: String) -> Error {
-    let shown = &path[..path.len().min(crate::entry::PATH_BYTES_MAX)];
-    Error::Archive { entry: String::from_utf8_lossy(shown).into_owned(), position, reason }
+    let mut entry = String::from_utf8_lossy(&path[..path.len().min(SHOWN_BYTES_MAX)]).into_owned();
+    if path.len() > SHOWN_BYTES_MAX {
+        entry.push_str("...");
+    }
+    Error::Archive { entry, position, reason }
 }
