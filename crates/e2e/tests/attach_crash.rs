@@ -5,7 +5,10 @@
 
 mod attach_common;
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -17,6 +20,7 @@ use loam_attach::holder::{Ended, FdStore};
 use loam_attach::{AttachOptions, LoopTransport, SavedState, holder};
 use loam_block::BlockDevice;
 use loam_e2e::{require_root, wait_until};
+use loam_sys::process::{Isolation, inherit};
 use rustix::process::{Pid, Signal};
 
 /// Where worker and holder find the scratch directory of their test.
@@ -228,4 +232,82 @@ fn what_everybody_left_open_is_found_and_removed() {
     drop(held);
     LoopTransport::remove(&served.state).unwrap();
     assert_eq!(LoopTransport::find(&served.state).unwrap(), None);
+}
+
+/// What systemd does for a unit with `FileDescriptorStoreMax=`: takes descriptors by name over NOTIFY_SOCKET, and passes
+/// them to the next process from number 3 on.
+struct Systemd {
+    socket: UnixDatagram,
+    kept: BTreeMap<String, OwnedFd>,
+}
+
+impl Systemd {
+    fn start(&self, directory: &Path) -> Child {
+        let (names, descriptors): (Vec<_>, Vec<_>) =
+            self.kept.iter().map(|(name, fd)| (name.as_str(), fd.try_clone().unwrap())).unzip();
+        let moves = (descriptors.iter().zip(3..)).map(|(fd, to)| format!(" {to}<&{}-", fd.as_raw_fd()));
+        let script = format!("export LISTEN_PID=$$; exec \"$0\" \"$@\"{}", moves.collect::<String>());
+        let worker = role("worker_process", directory);
+        let mut command = Command::new("bash");
+        command
+            .args(["-c", &script])
+            .arg(worker.get_program())
+            .args(worker.get_args())
+            .env(DIRECTORY, directory);
+        command.env("NOTIFY_SOCKET", directory.join("notify")).env("FDSTORE", "16");
+        if !names.is_empty() {
+            command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+        }
+        inherit(&mut command, descriptors, Isolation::default());
+        command.stdout(Stdio::null()).spawn().unwrap()
+    }
+
+    /// Does what the worker says until it is ready.
+    fn attend(&mut self) {
+        loop {
+            let mut buffer = [0; 256];
+            let (length, mut descriptors) = loam_sys::fds::receive(&self.socket, &mut buffer).unwrap();
+            let text = std::str::from_utf8(&buffer[..length]).unwrap();
+            if text.contains("FDSTORE=1") {
+                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap();
+                self.kept.insert(name.to_owned(), descriptors.pop().unwrap());
+            } else if text.contains("READY=1") {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn systemd_can_be_the_holder() {
+    require_root();
+    let directory = tempfile::tempdir().unwrap();
+    let socket = UnixDatagram::bind(directory.path().join("notify")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut systemd = Systemd { socket, kept: BTreeMap::new() };
+    let mut worker = systemd.start(directory.path());
+    systemd.attend();
+    assert_eq!(systemd.kept.keys().collect::<Vec<_>>(), ["fuse", "loop"]);
+    let state: SavedState =
+        serde_json::from_slice(&std::fs::read(directory.path().join("state.json")).unwrap()).unwrap();
+    let file = open_direct(Path::new(&format!("/dev/loop{}", state.loop_number)));
+    for round in 0..3 {
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+        std::thread::scope(|scope| {
+            // Begun while nobody serves.
+            let reader =
+                scope.spawn(|| read_pattern(&file, VIRTUAL_BASE + round * 4096, &mut Aligned::new(4096)));
+            std::thread::sleep(Duration::from_millis(20));
+            worker = systemd.start(directory.path());
+            systemd.attend();
+            reader.join().unwrap().unwrap();
+        });
+    }
+    drop(file);
+    // systemd lets go when the worker says so; here, before it does.
+    systemd.kept.clear();
+    std::fs::write(directory.path().join("stop"), "").unwrap();
+    assert!(worker.wait().unwrap().success());
+    assert_eq!(LoopTransport::find(&state).unwrap(), None);
 }
