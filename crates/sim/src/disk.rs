@@ -111,18 +111,15 @@ impl State {
     }
 
     fn change_names(&mut self, change: NameChange) -> io::Result<()> {
-        match self.begin()? {
+        let result = match self.begin()? {
+            Verdict::Go => Ok(()),
             // A failed rename may have happened on a disk that lost power, not on one that answers.
-            Verdict::Fail(error) => {
-                if self.is_off() {
-                    self.pending_names.push(change);
-                }
-                return Err(error);
-            }
-            Verdict::Go => apply_names(&mut self.names, &change),
-        }
+            Verdict::Fail(error) if self.is_off() => Err(error),
+            Verdict::Fail(error) => return Err(error),
+        };
+        apply_names(&mut self.names, &change);
         self.pending_names.push(change);
-        Ok(())
+        result
     }
 
     fn change_file(&mut self, id: FileId, change: Change) {
@@ -159,6 +156,12 @@ impl SimDisk {
     /// The power goes at operation `number`.
     pub fn crash_at(&self, number: u64) {
         lock(&self.state).crash_at = Some(number);
+    }
+
+    /// Undoes the crash as if only the process had been killed: everything that was written is still there, and as
+    /// little of it durable as before.
+    pub fn revive(&self) {
+        lock(&self.state).crash_at = None;
     }
 
     /// Operation `number` fails; later ones work again. A write that fails is half there. A sync that fails has lost

@@ -343,3 +343,113 @@ fn intact_payload<'a>(frame: &DiskFrame, rest: &'a [u8]) -> Option<&'a [u8]> {
     let payload = rest.get(..length).filter(|_| length <= PAYLOAD_MAX)?;
     (frame.payload_crc.get() == crc32c::crc32c(payload)).then_some(payload)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> DiskHeader {
+        DiskHeader::new(1 << 40, 7, 0, 0)
+    }
+
+    fn content(id: u32, spec: &[u8]) -> Record<'_> {
+        Record::Content { id: ContentId(id), spec }
+    }
+
+    /// A log of batches: each is synced before the next is written.
+    fn log(batches: &[&[Record<'_>]]) -> Vec<u8> {
+        let header = header();
+        let mut bytes = header.as_bytes().to_vec();
+        let mut chain = Chain::after_header(&header);
+        for batch in batches {
+            batch.iter().for_each(|record| chain.append(record, &mut bytes));
+            chain.durable = chain.sequence;
+        }
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> (Vec<Record<'_>>, Next<'_>) {
+        let mut reader = Reader::new(bytes, &header());
+        let mut records = Vec::new();
+        loop {
+            match reader.next() {
+                Next::Record(record) => records.push(record),
+                end => return (records, end),
+            }
+        }
+    }
+
+    #[test]
+    fn records_are_read_back() {
+        let range = |start| Range {
+            start: Address(start),
+            length: 8192,
+            content: ContentId(3),
+            content_offset: 1 << 50,
+        };
+        let written = [
+            content(0, b"odd"),
+            Record::Ranges(vec![range(4096), range(1 << 39)]),
+            Record::Reserve(Address(1 << 33)),
+            Record::Mark,
+        ];
+        assert_eq!(read(&log(&[&written])), (written.to_vec(), Next::End));
+    }
+
+    #[test]
+    fn the_format_is_the_documented_one() {
+        let bytes = log(&[&[Record::Reserve(Address(0x1122_3344_5566_7788))]]);
+        assert_eq!(&bytes[..16], b"loam-map\x01\0\0\0\0\0\0\0");
+        let frame = &bytes[48..];
+        assert_eq!(frame.len(), 40);
+        assert_eq!(&frame[..16], [8, 0, 0, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(&frame[16..20], [0; 4], "nothing before it is unsynced");
+        assert_eq!(&frame[20..24], &bytes[44..48], "names the header's checksum");
+        assert_eq!(&frame[32..], 0x1122_3344_5566_7788u64.to_le_bytes());
+    }
+
+    #[test]
+    fn a_batch_that_was_being_written_is_the_end_whatever_is_left_of_it() {
+        let before = log(&[&[content(0, b"a")]]);
+        let batch = [content(1, &[1; 700]), content(2, b"c"), content(3, b"d")];
+        let mut bytes = log(&[&[content(0, b"a")], &batch]);
+        bytes[before.len() + 40] ^= 1;
+        assert_eq!(read(&bytes), (vec![content(0, b"a")], Next::End), "although the other two are intact");
+    }
+
+    #[test]
+    fn a_bad_record_before_a_later_batch_is_damage() {
+        let first = log(&[]).len();
+        for last in [content(1, b"b"), Record::Mark] {
+            let mut bytes = log(&[&[content(0, b"a")], &[last]]);
+            bytes[first + 33] ^= 1;
+            assert!(matches!(read(&bytes), (records, Next::Damaged(_)) if records.is_empty()));
+        }
+    }
+
+    #[test]
+    fn what_a_failed_write_left_is_not_taken_for_a_successor() {
+        let failed = log(&[&[content(0, b"a"), content(1, b"left over")]]);
+        let written = log(&[&[content(0, b"b")]]);
+        let mixed = [&written[..], &failed[written.len()..]].concat();
+        assert_eq!(read(&mixed), (vec![content(0, b"b")], Next::End));
+    }
+
+    #[test]
+    fn frames_that_only_claim_to_be_long_are_not_hashed_for_ever() {
+        let mut bytes = log(&[]);
+        let length = 4 << 20;
+        let mut chain = Chain { sequence: 100, durable: 100, previous: 0 };
+        while bytes.len() < length {
+            let start = bytes.len();
+            chain.append(&Record::Mark, &mut bytes);
+            chain.durable = chain.sequence;
+            bytes[start..start + 4].copy_from_slice(&(PAYLOAD_MAX as u32).to_le_bytes());
+            let crc = crc32c::crc32c(&bytes[start..start + 28]);
+            bytes[start + 28..start + 32].copy_from_slice(&crc.to_le_bytes());
+        }
+        let began = std::time::Instant::now();
+        assert!(matches!(read(&bytes), (_, Next::Damaged(_))));
+        assert!(began.elapsed() < std::time::Duration::from_secs(2));
+    }
+}

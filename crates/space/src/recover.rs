@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::log::{Chain, DiskHeader, HEADER_BYTES, MAGIC, Next, Reader, Record, VERSION};
-use crate::map::{LOG, LOG_BYTES_MAX, Map, SIZE_MAX, Writer, compact_at};
+use crate::map::{CONTENTS_MAX, LOG, LOG_BYTES_MAX, Map, SIZE_MAX, Writer, compact_at};
 use crate::snapshot::Snapshot;
 use crate::storage::{Storage, StorageFile};
 use crate::table::{self, Summary, Table};
@@ -256,7 +256,9 @@ fn replay<M: std::ops::Deref<Target = [u8]>>(
         };
         ends_in_mark = record == Record::Mark;
         match record {
-            Record::Content { id, spec } if u64::from(id.0) == contents => specs.push(spec.into()),
+            Record::Content { id, spec } if u64::from(id.0) == contents && contents < CONTENTS_MAX => {
+                specs.push(spec.into());
+            }
             Record::Content { id, .. } => {
                 return corrupt(format!("content {id} follows {contents} others"));
             }

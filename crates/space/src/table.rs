@@ -11,6 +11,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::log::{DiskRange, SPEC_BYTES_MAX, VERSION, crc_before_last};
+use crate::map::CONTENTS_MAX;
 use crate::{Address, Error, Place, Range, Result, Storage, StorageFile};
 
 const MAGIC: [u8; 8] = *b"loam-tab";
@@ -106,6 +107,7 @@ impl<M: Deref<Target = [u8]>> Table<M> {
             return Err(corrupt(0, "the table's header does not match its checksum"));
         }
         let layout = Layout::of(&header).filter(|layout| layout.end == mapping.len());
+        let layout = layout.filter(|layout| layout.content_count as u64 <= CONTENTS_MAX);
         let layout = layout.ok_or_else(|| corrupt(BODY, "the table is not as long as its header says"))?;
         if mapping[size_of::<DiskHeader>()..BODY].iter().any(|byte| *byte != 0) {
             return Err(corrupt(size_of::<DiskHeader>(), "the table's header is not followed by zeroes"));

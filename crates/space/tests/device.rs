@@ -93,6 +93,23 @@ async fn a_read_over_several_ranges_is_in_order() {
 }
 
 #[tokio::test]
+async fn a_range_shows_its_part_of_the_content() {
+    let fixture = Fixture::new(1 << 30);
+    let content = fixture.map.add_content(b"p").expect("content");
+    let request = |first: u64| Allocation {
+        content,
+        content_offset: first * BLOCK,
+        length: 2 * BLOCK,
+        alignment: BLOCK,
+    };
+    fixture.map.allocate_batch(&[request(50), request(7)]).expect("ranges");
+    let space = fixture.space(Unmapped::Error);
+    let bytes = read(&*space, 10, 4 * BLOCK as usize - 10).await.expect("read");
+    PatternDevice::verify(50 * BLOCK + 10, &bytes[..8182]).expect("first");
+    PatternDevice::verify(7 * BLOCK, &bytes[8182..]).expect("second");
+}
+
+#[tokio::test]
 async fn a_part_that_waits_makes_the_whole_wait_and_nothing_is_mixed_up() {
     let fixture = Fixture::new(1 << 30);
     fixture.add(b"a", &[1]);
