@@ -210,7 +210,9 @@ impl FileTree for LoadedTree {
         }
         for run in &self.runs[record.reference as usize..][..record.count as usize] {
             let address = self.base + run.address;
-            visit(loam_seed::Run { file_offset: run.file_offset, address, length: run.length });
+            // The formatter wants the last run to end where the file does.
+            let length = run.length.min(record.payload.saturating_sub(run.file_offset));
+            visit(loam_seed::Run { file_offset: run.file_offset, address, length });
         }
     }
 

@@ -176,7 +176,7 @@ fn sparse_maps_are_checked() {
             [("GNU.sparse.major", &b"1"[..]), ("GNU.sparse.minor", b"0"), ("GNU.sparse.realsize", b"10")];
         refused(&archive(&[pax(b'x', &records), member(b"s", b'0', map)]));
     }
-    let old = Block::new(b"old", b'S', 0).put(386, b"00000000000\000000000010").put(483, b"00000000020");
+    let old = Block::new(b"old", b'S', 0).put(386, b"00000000000 00000000010").put(483, b"00000000020");
     assert!(refused(&archive(&[old.finish()])).contains("sparse"));
 }
 
