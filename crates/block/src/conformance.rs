@@ -3,8 +3,11 @@
 //!
 //! A breach panics with the seed of the run, which replays it. Behind the feature `conformance`; meant for tests:
 //!
-//! ```ignore
-//! conformance::run(&MemoryDevice::new(1 << 20), &Profile { contents: Contents::Stored, ..Profile::default() });
+//! ```
+//! use loam_block::MemoryDevice;
+//! use loam_block::conformance::{Contents, Profile, run};
+//!
+//! run(&MemoryDevice::new(1 << 20), &Profile { contents: Contents::Stored, ..Profile::default() });
 //! ```
 
 use std::future::Future;

@@ -14,6 +14,26 @@
 //! the future and issue the same request again from a task with an owned buffer. Futures are polled inside a tokio
 //! runtime with time and I/O enabled.
 //!
+//! `docs/decisions/2026-11-21-io-shape.md` weighs this against a channel for each thread.
+//!
+//! # Devices
+//!
+//! [`FileDevice`] (a regular file or a block device), [`MemoryDevice`] (sparse, of any size), [`NullDevice`] and
+//! [`PatternDevice`] (each 8 bytes hold their own offset). [`DeviceSpec`] opens them from the strings of the command
+//! line. With the feature `conformance` there is a suite that every device and layer has to pass.
+//!
+//! ```
+//! # use loam_block::{BlockDevice, DeviceSpec, FileOptions, PatternDevice};
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = "pattern:4EiB".parse::<DeviceSpec>()?.open(FileOptions::default())?;
+//! let mut block = [0; 4096];
+//! device.read(1 << 60, &mut block).await?;
+//! PatternDevice::verify(1 << 60, &block)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Offsets and lengths are bytes throughout.
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
