@@ -33,7 +33,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         std::fs::read(&options.data).with_context(|| format!("cannot read {}", options.data.display()))?;
     let size = data.len() as u64;
     let connection = fuse::connect()?;
-    let shared = Arc::new((connection.channel, Session::new(NAME, size, MAX_BACKGROUND), data));
+    let shared =
+        Arc::new((connection.channel, Session::new(NAME, size, fuse::MAX_READ, MAX_BACKGROUND), data));
     for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
         let shared = Arc::clone(&shared);
         std::thread::spawn(move || serve(&shared.0, &shared.1, &shared.2));

@@ -17,7 +17,13 @@ use loam_block::size::ByteSize;
 ///
 /// Sources are dir:PATH, tar:PATH-or-URL, file:PATH and http(s)://...; sizes are 4096, 64KiB, 64K, 4GiB, 4EiB.
 #[derive(Debug, Parser)]
-#[command(name = "loam", version, verbatim_doc_comment, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "loam",
+    version,
+    verbatim_doc_comment,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 pub(crate) struct Arguments {
     /// The pool's directory.
     #[arg(long, global = true, env = "LOAM_POOL", default_value = "/var/lib/loam", value_name = "DIR")]

@@ -10,8 +10,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    // A reader that has gone away (`loam ls | head`) ends the program quietly, as it does every other tool.
-    loam_sys::process::default_sigpipe();
     let arguments = arguments::Arguments::parse();
     match commands::dispatch(arguments) {
         Ok(code) => code,

@@ -1,23 +1,25 @@
 //! How results and errors are shown: JSON for machines, lines and small tables for people.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::process::ExitCode;
 
-use loam_block::size::ByteSize;
 use serde::Serialize;
 
-/// Prints facts as JSON, or as `text` says.
-pub(crate) fn print<T: Serialize>(json: bool, facts: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
-    if json {
-        println!("{}", serde_json::to_string(facts)?);
-    } else {
-        let text = text(facts);
-        print!("{text}");
-        if !text.is_empty() && !text.ends_with('\n') {
-            println!();
-        }
+/// Prints facts as JSON, or as `text` says. A reader that has gone away (`loam ls | head`) is no error.
+pub(crate) fn print<T: Serialize>(
+    json: bool,
+    facts: &T,
+    text: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
+    let mut text = if json { serde_json::to_string(facts)? } else { text(facts) };
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
     }
-    Ok(())
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Prints `loam: what: why` and a hint; says which exit code that is.
@@ -33,9 +35,19 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if usage { 2 } else { 1 })
 }
 
-/// A size for people.
+/// A size for people: whole bytes below 1 KiB, else three digits or so in the unit that fits.
 pub(crate) fn size(bytes: u64) -> String {
-    ByteSize(bytes).to_string()
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    while unit + 1 < UNITS.len() && bytes >> (10 * (unit + 1)) > 0 {
+        unit += 1;
+    }
+    let value = bytes as f64 / (1u64 << (10 * unit)) as f64;
+    if unit == 0 || value.fract() == 0.0 || value >= 100.0 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// A time for people.
@@ -66,4 +78,21 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         line(&mut row.iter().map(String::as_str));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        let shown = [0, 1023, 1024, 1536, 211_524_971, 4 << 60, u64::MAX].map(size);
+        assert_eq!(shown, ["0 B", "1023 B", "1 KiB", "1.5 KiB", "202 MiB", "4 EiB", "16 EiB"]);
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [vec!["a".to_owned(), "1".to_owned()], vec!["long".to_owned(), "2".to_owned()]];
+        assert_eq!(table(&["N", "V"], &rows), "N     V\na     1\nlong  2\n");
+    }
 }

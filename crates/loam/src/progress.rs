@@ -18,7 +18,8 @@ impl Bar {
     /// A bar that shows nothing until it is told something.
     pub(crate) fn new(json: bool) -> Arc<Self> {
         let visible = !json && std::io::stderr().is_terminal();
-        let target = if visible { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() };
+        let target =
+            if visible { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() };
         Arc::new(Bar { bar: ProgressBar::with_draw_target(None, target), step: Mutex::default() })
     }
 

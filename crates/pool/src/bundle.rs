@@ -55,7 +55,8 @@ pub fn run_container(directory: &PoolDirectory, options: &RunOptions) -> Result<
     let bundle = directory.bundles().join(&options.name);
     fs::create_dir_all(&bundle).step(|| format!("making bundle {}", bundle.display()))?;
     let config = bundle.join("config.json");
-    let text = serde_json::to_vec_pretty(&runtime_config(options)).step(|| "encoding config.json".to_owned())?;
+    let text =
+        serde_json::to_vec_pretty(&runtime_config(options)).step(|| "encoding config.json".to_owned())?;
     fs::write(&config, text).step(|| format!("writing {}", config.display()))?;
     let state = directory.run().join("oci");
     let status = Command::new(&runtime)

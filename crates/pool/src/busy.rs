@@ -31,7 +31,9 @@ pub fn holders(mount_point: &Path) -> Vec<Holder> {
     let mut found = Vec::new();
     let Ok(processes) = fs::read_dir("/proc") else { return found };
     for entry in processes.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         if pid == std::process::id() {
             continue;
         }
@@ -85,7 +87,8 @@ mod tests {
     fn a_process_with_its_directory_there_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let canonical = directory.path().canonicalize().unwrap();
-        let mut child = std::process::Command::new("sleep").arg("60").current_dir(&canonical).spawn().unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("60").current_dir(&canonical).spawn().unwrap();
         let by_path: Vec<Holder> =
             holders(&canonical).into_iter().filter(|holder| holder.pid == child.id()).collect();
         child.kill().unwrap();

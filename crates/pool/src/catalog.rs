@@ -2,7 +2,7 @@
 //! subvolumes commit together:
 //!
 //! ```text
-//! mnt/.loam/              0700, invisible to containers
+//! mnt/.loam/              0700
 //!   building/NAME         a subvolume that is not finished; removed when the pool comes up
 //!   images/NAME           an empty file whose xattr `trusted.loam` is the image's record (JSON)
 //!   containers/NAME       the same for a container
@@ -140,7 +140,11 @@ impl Catalog {
 
     /// Whether the name is taken, by either kind: `rm` and `show` take one name for both.
     pub(crate) fn taken(&self, name: &str) -> Option<Kind> {
-        [Kind::Image, Kind::Container].into_iter().find(|&kind| self.record(kind, name).exists())
+        [Kind::Image, Kind::Container].into_iter().find(|&kind| self.exists(kind, name))
+    }
+
+    fn exists(&self, kind: Kind, name: &str) -> bool {
+        check_name(name).is_ok() && self.record(kind, name).exists() && self.subvolume(kind, name).exists()
     }
 
     /// Refuses a name that is taken or cannot be one.
@@ -164,29 +168,37 @@ impl Catalog {
         File::create(&temporary).step(what)?;
         rustix::fs::setxattr(&temporary, RECORD, &bytes, XattrFlags::empty()).step(what)?;
         fs::rename(&temporary, self.record(kind, name)).step(what)?;
-        fs::rename(self.building(name), self.subvolume(kind, name)).step(what)
+        let renamed = fs::rename(self.building(name), self.subvolume(kind, name)).step(what);
+        if renamed.is_err() {
+            remove_if_there(&self.record(kind, name))?;
+        }
+        renamed?;
+        match kind {
+            // Only now: the kernel does not rename a read-only subvolume.
+            Kind::Image => self.make_read_only(name),
+            Kind::Container => Ok(()),
+        }
     }
 
-    /// Removes a name: the subvolume is renamed away first, so that the name is gone at once.
+    fn make_read_only(&self, image: &str) -> Result<()> {
+        let path = self.subvolume(Kind::Image, image);
+        let what = || format!("making {} read-only", path.display());
+        btrfs::set_read_only(File::open(&path).step(what)?, true).step(what)
+    }
+
+    /// Removes a name at once, then its subvolume.
     pub(crate) fn remove(&self, kind: Kind, name: &str) -> Result<()> {
-        let doomed = self.building(&format!("removed.{name}"));
-        remove_subvolume(&doomed)?;
-        fs::rename(self.subvolume(kind, name), &doomed)
-            .step(|| format!("removing {} {name}", kind.name()))?;
         remove_if_there(&self.record(kind, name))?;
-        remove_subvolume(&doomed)
+        remove_subvolume(&self.subvolume(kind, name))
     }
 
     /// The record of a name, if there is one.
     pub(crate) fn read<R: DeserializeOwned>(&self, kind: Kind, name: &str) -> Result<R> {
         let missing = || Error::NotFound { kind: kind.name(), name: name.to_owned() };
-        if check_name(name).is_err() {
+        if !self.exists(kind, name) {
             return Err(missing());
         }
         let path = self.record(kind, name);
-        if !path.exists() {
-            return Err(missing());
-        }
         let mut buffer = vec![0; MAX_RECORD_BYTES];
         let length = rustix::fs::getxattr(&path, RECORD, &mut buffer[..])
             .step(|| format!("reading the record of {} {name}", kind.name()))?;
@@ -196,6 +208,12 @@ impl Catalog {
 
     /// All names of a kind, sorted.
     pub(crate) fn names(&self, kind: Kind) -> Result<Vec<String>> {
+        let mut names = self.recorded(kind)?;
+        names.retain(|name| self.exists(kind, name));
+        Ok(names)
+    }
+
+    fn recorded(&self, kind: Kind) -> Result<Vec<String>> {
         let directory = self.private().join(kind.directory());
         let what = || format!("listing {}", directory.display());
         let mut names = Vec::new();
@@ -229,7 +247,7 @@ impl Catalog {
             removed.push(format!("unfinished {}", path.display()));
         }
         for kind in [Kind::Image, Kind::Container] {
-            for name in self.names(kind)? {
+            for name in self.recorded(kind)? {
                 if !self.subvolume(kind, &name).exists() {
                     remove_if_there(&self.record(kind, &name))?;
                     removed.push(format!("the record of {} {name}, which has no subvolume", kind.name()));
@@ -242,6 +260,9 @@ impl Catalog {
                     removed.push(format!("{} {name}, which has no record", kind.name()));
                 }
             }
+        }
+        for name in self.names(Kind::Image)? {
+            self.make_read_only(&name)?;
         }
         for name in self.names(Kind::Container)? {
             let record: ContainerRecord = self.read(Kind::Container, &name)?;

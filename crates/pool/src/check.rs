@@ -75,7 +75,8 @@ fn seed(directory: &PoolDirectory, config: &Config, checked: &mut Checked) -> Re
     };
     let length = loam_seed::VIRTUAL_BASE + config.virtual_size;
     let virtual_image = Lengthened { file: virtual_image, length };
-    let report = loam_seed::verify(&virtual_image, local_image.as_ref().map(|file| file as &dyn loam_seed::ReadAt));
+    let report =
+        loam_seed::verify(&virtual_image, local_image.as_ref().map(|file| file as &dyn loam_seed::ReadAt));
     match report {
         Ok(report) => {
             checked.count("seed tree blocks", report.counts.blocks);
@@ -134,11 +135,13 @@ pub(crate) async fn contents(
         };
         checked.count("contents", 1);
         if read_data {
-            let report = device.check(false).await.step(|| format!("checking the cache of {}", spec.source()))?;
+            let report =
+                device.check(false).await.step(|| format!("checking the cache of {}", spec.source()))?;
             checked.count("cached chunks", report.chunks);
             checked.count("cached bytes", report.bytes);
             for chunk in &report.bad {
-                let what = format!("chunk {chunk} of {} is damaged; it is fetched again when read", spec.source());
+                let what =
+                    format!("chunk {chunk} of {} is damaged; it is fetched again when read", spec.source());
                 checked.find("cache", what);
             }
         }
@@ -177,7 +180,9 @@ fn check_range(pool: &Pool, name: &str, record: &ImageRecord, checked: &mut Chec
     }
     let range = pool.map().lookup(Address(record.address));
     let right = range.is_some_and(|range| {
-        Some(range.content.0) == record.content && range.start.0 == record.address && range.length == record.length
+        Some(range.content.0) == record.content
+            && range.start.0 == record.address
+            && range.length == record.length
     });
     if !right {
         let wanted = format!("{} bytes at {}", record.length, record.address);
@@ -204,7 +209,10 @@ fn check_files(
                     let empty = Vec::new();
                     let found = extents.get(&meta.ino()).unwrap_or(&empty);
                     if *found != absolute(runs, record.address) {
-                        checked.find("clones", format!("{}: its data lies elsewhere than the index says", path.display()));
+                        checked.find(
+                            "clones",
+                            format!("{}: its data lies elsewhere than the index says", path.display()),
+                        );
                     }
                 }
                 Err(error) => checked.find("clones", format!("{}: {error}", path.display())),

@@ -85,7 +85,9 @@ impl Client {
             while let Some(end) = pending.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = pending.drain(..=end).collect();
                 match self.decode(Bytes::from(line))? {
-                    JobLine::Progress(Progress { step, done, total, unit }) => watch.progress(&step, done, total, &unit),
+                    JobLine::Progress(Progress { step, done, total, unit }) => {
+                        watch.progress(&step, done, total, &unit)
+                    }
                     JobLine::Note(note) => watch.note(note),
                     JobLine::Done(result) => return Ok(result),
                     JobLine::Failed(failure) => return Err(daemon_error(failure)),
@@ -152,7 +154,8 @@ impl Client {
     }
 
     fn decode<T: DeserializeOwned>(&self, body: Bytes) -> Result<T> {
-        serde_json::from_slice(&body).map_err(|error| self.control(format!("an answer that does not parse: {error}")))
+        serde_json::from_slice(&body)
+            .map_err(|error| self.control(format!("an answer that does not parse: {error}")))
     }
 
     fn control(&self, why: impl Into<String>) -> Error {

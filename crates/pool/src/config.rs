@@ -129,7 +129,10 @@ impl Config {
 
     /// The identity as bytes.
     pub(crate) fn identity_bytes(&self, directory: &PoolDirectory) -> Result<[u8; 32]> {
-        let bad = || Error::BadFile { path: directory.config(), why: "identity is not 64 hexadecimal digits".into() };
+        let bad = || Error::BadFile {
+            path: directory.config(),
+            why: "identity is not 64 hexadecimal digits".into(),
+        };
         let mut bytes = [0; 32];
         let text = self.identity.as_bytes();
         if text.len() != 64 {

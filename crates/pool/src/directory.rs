@@ -114,7 +114,8 @@ impl PoolDirectory {
 /// Names the file and the operating system's reason.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let what = || format!("writing {}", path.display());
-    let parent = path.parent().ok_or_else(|| Error::invalid(path.display().to_string(), "has no directory"))?;
+    let parent =
+        path.parent().ok_or_else(|| Error::invalid(path.display().to_string(), "has no directory"))?;
     let temporary = path.with_extension("tmp");
     let mut file = File::create(&temporary).step(what)?;
     file.write_all(bytes).step(what)?;

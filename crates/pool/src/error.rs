@@ -112,7 +112,10 @@ pub enum Error {
 
 impl Error {
     /// A failed step.
-    pub fn step(what: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub fn step(
+        what: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
         Error::Step { what: what.into(), source: source.into(), hint: None }
     }
 

@@ -98,7 +98,8 @@ fn create_subvolume(
 ) -> Result<ImageRecord> {
     let catalog = pool.catalog()?;
     let building = catalog.building(name);
-    let parent = File::open(building.parent().unwrap_or(Path::new("/"))).step(|| "opening .loam/building".to_owned())?;
+    let parent = File::open(building.parent().unwrap_or(Path::new("/")))
+        .step(|| "opening .loam/building".to_owned())?;
     remove_subvolume(&building)?;
     btrfs::create_subvolume(&parent, name).step(|| format!("making a subvolume for {name}"))?;
     let made = populate(pool, &building, index, &record, watch).and_then(|bytes| {
@@ -116,7 +117,13 @@ fn create_subvolume(
 }
 
 /// Creates all files; returns their bytes.
-fn populate(pool: &Pool, root: &Path, index: &Index, record: &ImageRecord, watch: Arc<dyn Watch>) -> Result<u64> {
+fn populate(
+    pool: &Pool,
+    root: &Path,
+    index: &Index,
+    record: &ImageRecord,
+    watch: Arc<dyn Watch>,
+) -> Result<u64> {
     let open = |path: &Path| File::open(path).step(|| format!("opening {}", path.display()));
     let root_directory = open(root)?;
     let staging = staging_in(root)?;
@@ -138,9 +145,8 @@ fn populate(pool: &Pool, root: &Path, index: &Index, record: &ImageRecord, watch
         base: record.address,
         path: root,
     };
-    let created =
-        create::create(index, &target, &control).step(|| format!("creating the files of {}", root.display()))?;
-    btrfs::set_read_only(&root_directory, true).step(|| format!("making {} read-only", root.display()))?;
+    let created = create::create(index, &target, &control)
+        .step(|| format!("creating the files of {}", root.display()))?;
     Ok(created.bytes)
 }
 

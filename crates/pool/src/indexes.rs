@@ -185,7 +185,9 @@ pub fn absolute_location(location: &str) -> Result<String> {
 pub fn absolute_source(source: &str) -> Result<String> {
     Ok(match parse_source(source)? {
         SourceSpec::Directory(path) => SourceSpec::Directory(absolute(&path)?).to_string(),
-        SourceSpec::Tar(SourceUrl::File(path)) => SourceSpec::Tar(SourceUrl::File(absolute(&path)?)).to_string(),
+        SourceSpec::Tar(SourceUrl::File(path)) => {
+            SourceSpec::Tar(SourceUrl::File(absolute(&path)?)).to_string()
+        }
         url => url.to_string(),
     })
 }

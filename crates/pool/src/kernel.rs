@@ -53,8 +53,11 @@ pub(crate) fn mount_pool(
 fn refuse_unless_free(mount_point: &Path) -> Result<()> {
     let taken = mount::mounts().step(|| "reading the table of mounts".to_owned())?;
     if taken.iter().any(|entry| entry.mount_point == mount_point) {
-        return Err(Error::step(format!("mounting on {}", mount_point.display()), "something is mounted there")
-            .with_hint("unmount it, or choose another directory"));
+        return Err(Error::step(
+            format!("mounting on {}", mount_point.display()),
+            "something is mounted there",
+        )
+        .with_hint("unmount it, or choose another directory"));
     }
     fs::create_dir_all(mount_point).step(|| format!("making {}", mount_point.display()))
 }
@@ -97,7 +100,9 @@ fn explain_mount(config: &Config, mount_point: &Path, error: loam_sys::Error) ->
     let failed = Error::step(format!("mounting on {}", mount_point.display()), error);
     match config.layout.kernel_limit(config.virtual_size) {
         Some(limit) => failed.with_hint(limit),
-        None => failed.with_hint("dmesg has the kernel's reason; loam needs btrfs in the kernel (5.15 or newer)"),
+        None => {
+            failed.with_hint("dmesg has the kernel's reason; loam needs btrfs in the kernel (5.15 or newer)")
+        }
     }
 }
 
@@ -105,7 +110,8 @@ fn explain_mount(config: &Config, mount_point: &Path, error: loam_sys::Error) ->
 pub(crate) fn is_mounted(mount_point: &Path, devices: &[&Path]) -> Result<bool> {
     let mounts = mount::mounts().step(|| "reading the table of mounts".to_owned())?;
     let top = mounts.iter().rev().find(|entry| entry.mount_point == mount_point);
-    Ok(top.is_some_and(|entry| entry.kind == "btrfs" && devices.iter().any(|device| entry.source == **device)))
+    Ok(top
+        .is_some_and(|entry| entry.kind == "btrfs" && devices.iter().any(|device| entry.source == **device)))
 }
 
 /// Unmounts, or says who is in the way.
@@ -169,8 +175,7 @@ impl Extent {
     /// `None` for a hole and for what is no such item.
     fn parse(item: &[u8]) -> Option<Extent> {
         const INLINE: u8 = 0;
-        let number =
-            |offset: usize| Some(u64::from_le_bytes(item.get(offset..offset + 8)?.try_into().ok()?));
+        let number = |offset: usize| Some(u64::from_le_bytes(item.get(offset..offset + 8)?.try_into().ok()?));
         let (generation, ram_bytes) = (number(0)?, number(8)?);
         if *item.get(20)? == INLINE {
             return Some(Extent { generation, logical: 0, offset: 0, length: ram_bytes });
@@ -219,7 +224,8 @@ pub(crate) fn virtual_extents(subvolume: &Path, virtual_size: u64) -> Result<Has
 pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
     match runs.last_mut() {
         Some(last)
-            if last.file_offset + last.length == run.file_offset && last.address + last.length == run.address =>
+            if last.file_offset + last.length == run.file_offset
+                && last.address + last.length == run.address =>
         {
             last.length += run.length;
         }

@@ -66,7 +66,10 @@ pub async fn up(directory: &PoolDirectory, options: &UpOptions) -> Result<UpOutc
     if options.foreground {
         // Under a service manager that keeps descriptors, that is the holder.
         let role = if std::env::var_os("NOTIFY_SOCKET").is_some() { "daemon" } else { "holder" };
-        return Err(Error::step("starting in the foreground", own_command(directory, role, &options)?.exec()));
+        return Err(Error::step(
+            "starting in the foreground",
+            own_command(directory, role, &options)?.exec(),
+        ));
     }
     let mut holder = spawn_holder(directory, &options)?;
     let began = Instant::now();
@@ -127,7 +130,9 @@ fn failure(directory: &PoolDirectory, status: &str) -> Error {
             };
             Error::Daemon { message, hint }
         }
-        Err(_) => Error::Control { pool: directory.root().to_owned(), why: format!("it ended at once ({status})") },
+        Err(_) => {
+            Error::Control { pool: directory.root().to_owned(), why: format!("it ended at once ({status})") }
+        }
     }
 }
 
@@ -139,13 +144,15 @@ pub fn holder_main(directory: &PoolDirectory, options: &UpOptions) -> Result<Exi
     let _lock = hold(directory)?;
     // Fails here rather than in the closure, which cannot.
     own_command(directory, "daemon", options)?;
-    let daemon = || own_command(directory, "daemon", options).unwrap_or_else(|_| Command::new("/proc/self/exe"));
+    let daemon =
+        || own_command(directory, "daemon", options).unwrap_or_else(|_| Command::new("/proc/self/exe"));
     match holder::run(daemon).step(|| "holding the daemon".to_owned())? {
         Ended::Worker(status) if status.success() => Ok(ExitCode::SUCCESS),
         Ended::Worker(_) => Ok(ExitCode::FAILURE),
-        Ended::GaveUp { deaths, last } => {
-            Err(Error::step("holding the daemon", format!("it died {deaths} times in a row (at last: {last})")))
-        }
+        Ended::GaveUp { deaths, last } => Err(Error::step(
+            "holding the daemon",
+            format!("it died {deaths} times in a row (at last: {last})"),
+        )),
     }
 }
 
@@ -184,7 +191,9 @@ pub async fn down(directory: &PoolDirectory) -> Result<()> {
         match client.post::<(), ()>("/down", &()).await {
             Ok(()) => break,
             // It dies with its last answer on the way, or is being started again.
-            Err(Error::Control { .. } | Error::NotUp(_)) if is_held(directory)? && began.elapsed() < DOWN_PATIENCE => {
+            Err(Error::Control { .. } | Error::NotUp(_))
+                if is_held(directory)? && began.elapsed() < DOWN_PATIENCE =>
+            {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             Err(Error::Control { .. } | Error::NotUp(_)) => break,
@@ -232,7 +241,11 @@ pub async fn status(directory: &PoolDirectory) -> Result<Status> {
         device: None,
         mount: None,
         daemon: None,
-        r#virtual: VirtualStatus { size: config.virtual_size, ranges: map.ranges, mapped_bytes: map.mapped_bytes },
+        r#virtual: VirtualStatus {
+            size: config.virtual_size,
+            ranges: map.ranges,
+            mapped_bytes: map.mapped_bytes,
+        },
         cache: CacheStatus { limit: config.cache_limit, ..CacheStatus::default() },
         images: Vec::new(),
         containers: Vec::new(),

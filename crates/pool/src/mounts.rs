@@ -94,7 +94,8 @@ pub async fn mount_image(
     let contents = Contents::new(&directory, cache, http);
     make_content(&directory, &config, options, contents, &index, import).await?;
     config.save(&directory)?;
-    let up_options = UpOptions { transport: options.transport, foreground: options.foreground, ..UpOptions::default() };
+    let up_options =
+        UpOptions { transport: options.transport, foreground: options.foreground, ..UpOptions::default() };
     up(&directory, &up_options).await?;
     undo.keep();
     Ok(MountReport {
@@ -153,8 +154,11 @@ async fn clear_leftovers(directory: &PoolDirectory, mount: &Path) -> Result<()> 
         return Ok(());
     }
     if crate::client::Client::new(directory).is_up().await {
-        return Err(Error::step(format!("mounting on {}", mount.display()), "an image is mounted there by loam")
-            .with_hint(format!("loam umount {}", mount.display())));
+        return Err(Error::step(
+            format!("mounting on {}", mount.display()),
+            "an image is mounted there by loam",
+        )
+        .with_hint(format!("loam umount {}", mount.display())));
     }
     if directory.exists() {
         down(directory).await?;
@@ -171,7 +175,8 @@ fn format(
 ) -> Result<(u64, Config)> {
     let digest = index.digest();
     let tree = LoadedTree::load(index, 0).step(|| format!("index of {}", options.source))?;
-    let local = options.local.clone().map(std::path::absolute).transpose().step(|| "path of --local".to_owned())?;
+    let local =
+        options.local.clone().map(std::path::absolute).transpose().step(|| "path of --local".to_owned())?;
     let kept = local.as_deref().map(|path| reusable(path, digest.0)).transpose()?.flatten();
     let (identity, local_size) = match &kept {
         Some((identity, bytes)) => (*identity, *bytes),

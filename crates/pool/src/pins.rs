@@ -22,9 +22,10 @@ pub(crate) fn ranges_of(index: &Index, paths: &[String]) -> Result<(Vec<Range<u6
     for entry in index.entries() {
         let entry = entry.step(|| "index".to_owned())?;
         let matched: Vec<(usize, usize)> = match directories.get(entry.parent as usize) {
-            Some(parent) if entry.number != 0 => {
-                parent.iter().filter_map(|&(path, depth)| wanted[path].step(path, depth, &entry.name)).collect()
-            }
+            Some(parent) if entry.number != 0 => parent
+                .iter()
+                .filter_map(|&(path, depth)| wanted[path].step(path, depth, &entry.name))
+                .collect(),
             _ => (0..wanted.len()).map(|path| (path, 0)).collect(),
         };
         let whole = matched.iter().any(|&(path, depth)| wanted[path].complete(depth));
@@ -60,7 +61,11 @@ struct Wanted {
 impl Wanted {
     fn new(text: &str) -> Self {
         let parts = text.split('/').filter(|part| !part.is_empty() && *part != ".");
-        Wanted { text: text.to_owned(), parts: parts.map(|part| part.as_bytes().to_vec()).collect(), found: false }
+        Wanted {
+            text: text.to_owned(),
+            parts: parts.map(|part| part.as_bytes().to_vec()).collect(),
+            found: false,
+        }
     }
 
     fn complete(&self, depth: usize) -> bool {

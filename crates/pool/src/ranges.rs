@@ -22,8 +22,15 @@ pub async fn clone_range(directory: &PoolDirectory, address: u64, length: u64, f
     let status: Status = Client::new(directory).get("/status").await?;
     let mount = status.mount.ok_or_else(|| Error::NotUp(directory.root().to_owned()))?;
     let end = address.checked_add(length);
-    if address % 4096 != 0 || length == 0 || length % 4096 != 0 || end.is_none_or(|end| end > status.r#virtual.size) {
-        let why = format!("must be multiples of 4096 within the {} bytes of the address space", status.r#virtual.size);
+    if address % 4096 != 0
+        || length == 0
+        || length % 4096 != 0
+        || end.is_none_or(|end| end > status.r#virtual.size)
+    {
+        let why = format!(
+            "must be multiples of 4096 within the {} bytes of the address space",
+            status.r#virtual.size
+        );
         return Err(Error::invalid(format!("{length} bytes at {address}"), why));
     }
     let what = || format!("cloning {length} bytes at {address} to {}", file.display());
@@ -35,7 +42,8 @@ pub async fn clone_range(directory: &PoolDirectory, address: u64, length: u64, f
         .custom_flags(OFlags::TMPFILE.bits() as i32)
         .open(parent)
         .step(what)?;
-    let outside = |error| Error::step(what(), error).with_hint(format!("the file must lie below {}", mount.display()));
+    let outside =
+        |error| Error::step(what(), error).with_hint(format!("the file must lie below {}", mount.display()));
     btrfs::set_inode_flags(&clone, IFlags::NOCOW).map_err(outside)?;
     let data = File::open(mount.join(VIRTUAL_DATA)).step(what)?;
     btrfs::clone_range(&data, address, length, &clone, 0).map_err(outside)?;

@@ -51,7 +51,8 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
     if let Some(state) = AttachState::load(directory)? {
         let local = find_local(config)?;
         let local_path = local.as_ref().map(FileAttachment::device_path);
-        let devices: Vec<&Path> = [Some(state.device.as_path()), local_path.as_deref()].into_iter().flatten().collect();
+        let devices: Vec<&Path> =
+            [Some(state.device.as_path()), local_path.as_deref()].into_iter().flatten().collect();
         while kernel::is_mounted(&state.mount, &devices)? {
             kernel::unmount(&state.mount)?;
         }

@@ -169,6 +169,8 @@ impl FdStore {
         let Keeper::Holder(socket) = &self.keeper else { return std::future::pending().await };
         let fail = |error| loam_sys::Error::new("epoll_ctl", "the holder's socket", error);
         let copy = std::os::unix::net::UnixStream::from(socket.try_clone().map_err(fail)?);
+        // Shared with the original: its messages are a few bytes, which the holder always has room for.
+        copy.set_nonblocking(true).map_err(fail)?;
         let socket = tokio::net::UnixStream::from_std(copy).map_err(fail)?;
         // The holder says nothing unasked: what can be read is the end.
         socket.readable().await.map_err(fail)?;

@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use loam_pool::RunOptions;
 use loam_pool::protocol::{
     AddRequest, Added, ContainerStatus, CreateRequest, ImageStatus, Lazy, Listing, PinRequest, Pinned, Shown,
 };
-use loam_pool::RunOptions;
 
 use super::Context;
 use crate::arguments::Run;
@@ -104,7 +104,12 @@ pub(crate) async fn list(context: &Context) -> anyhow::Result<()> {
         if !listing.containers.is_empty() {
             let row = |container: &ContainerStatus| {
                 let written = size(container.written_bytes);
-                vec![container.name.clone(), container.image.clone(), written, container.path.display().to_string()]
+                vec![
+                    container.name.clone(),
+                    container.image.clone(),
+                    written,
+                    container.path.display().to_string(),
+                ]
             };
             let rows: Vec<_> = listing.containers.iter().map(row).collect();
             text.push_str(&output::table(&["CONTAINER", "IMAGE", "WRITTEN", "PATH"], &rows));
@@ -131,10 +136,13 @@ pub(crate) async fn show(context: &Context, name: &str) -> anyhow::Result<()> {
         if let Some(written) = shown.written_bytes {
             rows.push(("written", size(written)));
         }
-        rows.push(("lazy", match &shown.lazy {
-            Lazy::Yes(_) => "yes".to_owned(),
-            Lazy::No(why) => format!("no: {why}"),
-        }));
+        rows.push((
+            "lazy",
+            match &shown.lazy {
+                Lazy::Yes(_) => "yes".to_owned(),
+                Lazy::No(why) => format!("no: {why}"),
+            },
+        ));
         rows.push(("addresses", format!("{} + {}", shown.address, shown.length)));
         rows.push(("index", shown.index.clone()));
         rows.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect()
@@ -154,7 +162,12 @@ pub(crate) async fn pin(context: &Context, name: String, paths: Vec<String>) -> 
         context.client.job("/pin", &PinRequest { name, paths }, bar.as_ref()).await;
     bar.finish();
     output::print(context.json, &pinned?, |pinned| {
-        format!("{}: {} pinned, {} fetched", pinned.name, size(pinned.pinned_bytes), size(pinned.fetched_bytes))
+        format!(
+            "{}: {} pinned, {} fetched",
+            pinned.name,
+            size(pinned.pinned_bytes),
+            size(pinned.fetched_bytes)
+        )
     })
 }
 

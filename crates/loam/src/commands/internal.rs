@@ -17,7 +17,11 @@ pub(crate) fn run(context: &Context, command: Internal) -> anyhow::Result<ExitCo
             let options: UpOptions = serde_json::from_str(&options)?;
             let filter = tracing_subscriber::EnvFilter::try_from_env("LOAM_LOG")
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+            tracing_subscriber::fmt()
+                .with_env_filter(filter)
+                .with_writer(std::io::stderr)
+                .with_ansi(false)
+                .init();
             loam_pool::daemon_main(&context.directory, &options)?;
             Ok(ExitCode::SUCCESS)
         }

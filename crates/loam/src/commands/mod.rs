@@ -61,7 +61,9 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Pin { name, paths } => image::pin(context, name, paths).await?,
         Command::Evict { keep } => pool::evict(context, keep.0).await?,
         Command::Range { command } => range::run(context, command).await?,
-        Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => unreachable!("dispatched above"),
+        Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => {
+            unreachable!("dispatched above")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -69,7 +71,8 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
 /// Completes on Ctrl-C or SIGTERM; the command's future is dropped then, which undoes what it had begun.
 async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         return std::future::pending().await;
     };

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use loam_pool::protocol::{Checked, Evicted, EvictRequest, Status};
-use loam_pool::{CheckOptions, InitOptions, UpOptions, UpOutcome, UnmappedChoice};
+use loam_pool::protocol::{Checked, EvictRequest, Evicted, Status};
+use loam_pool::{CheckOptions, InitOptions, UnmappedChoice, UpOptions, UpOutcome};
 
 use super::Context;
 use crate::arguments::{Init, Unmapped, Up};
@@ -22,7 +22,12 @@ pub(crate) fn init(context: &Context, options: Init) -> anyhow::Result<()> {
         },
     )?;
     output::print(context.json, &made, |made| {
-        format!("{}: a pool of {} in {}", made.pool.display(), size(made.virtual_size), seconds(made.elapsed_ns))
+        format!(
+            "{}: a pool of {} in {}",
+            made.pool.display(),
+            size(made.virtual_size),
+            seconds(made.elapsed_ns)
+        )
     })
 }
 
@@ -62,16 +67,39 @@ fn describe(status: &Status) -> String {
         path.as_ref().map_or_else(|| "-".to_owned(), |path| path.display().to_string())
     };
     let _ = writeln!(text, "pool       {} ({})", status.pool.display(), status.state);
-    let _ = writeln!(text, "virtual    {} in {} ranges, {} mapped", size(status.r#virtual.size),
-        status.r#virtual.ranges, size(status.r#virtual.mapped_bytes));
+    let _ = writeln!(
+        text,
+        "virtual    {} in {} ranges, {} mapped",
+        size(status.r#virtual.size),
+        status.r#virtual.ranges,
+        size(status.r#virtual.mapped_bytes)
+    );
     if let Some(daemon) = &status.daemon {
-        let _ = writeln!(text, "transport  {} on {}", status.transport.as_deref().unwrap_or("-"), path(&status.device));
+        let _ = writeln!(
+            text,
+            "transport  {} on {}",
+            status.transport.as_deref().unwrap_or("-"),
+            path(&status.device)
+        );
         let _ = writeln!(text, "mount      {}", path(&status.mount));
-        let _ = writeln!(text, "daemon     pid {}, up {}, {} restarts", daemon.pid, seconds(daemon.uptime_ns),
-            daemon.restarts);
+        let _ = writeln!(
+            text,
+            "daemon     pid {}, up {}, {} restarts",
+            daemon.pid,
+            seconds(daemon.uptime_ns),
+            daemon.restarts
+        );
         let cache = &status.cache;
-        let _ = writeln!(text, "cache      {} of {}; {} hits, {} misses, {} fetched, {} bad blocks", size(cache.bytes),
-            size(cache.limit), cache.hits, cache.misses, size(cache.fetched_bytes), cache.bad_blocks);
+        let _ = writeln!(
+            text,
+            "cache      {} of {}; {} hits, {} misses, {} fetched, {} bad blocks",
+            size(cache.bytes),
+            size(cache.limit),
+            cache.hits,
+            cache.misses,
+            size(cache.fetched_bytes),
+            cache.bad_blocks
+        );
         let _ = writeln!(text, "images     {}", status.images.len());
         let _ = writeln!(text, "containers {}", status.containers.len());
         let wrong: Vec<String> = status
@@ -80,7 +108,8 @@ fn describe(status: &Status) -> String {
             .filter(|(_, count)| **count > 0)
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
-        let _ = writeln!(text, "errors     {}", if wrong.is_empty() { "none".into() } else { wrong.join(", ") });
+        let _ =
+            writeln!(text, "errors     {}", if wrong.is_empty() { "none".into() } else { wrong.join(", ") });
     }
     text
 }
@@ -102,10 +131,14 @@ pub(crate) fn describe_check(checked: &Checked) -> String {
     for finding in &checked.findings {
         let _ = writeln!(text, "{}: WRONG: {}", finding.part, finding.what);
     }
-    let _ = writeln!(text, "{}", match checked.findings.len() {
-        0 => "no errors found".to_owned(),
-        count => format!("{count} errors found"),
-    });
+    let _ = writeln!(
+        text,
+        "{}",
+        match checked.findings.len() {
+            0 => "no errors found".to_owned(),
+            count => format!("{count} errors found"),
+        }
+    );
     text
 }
 

@@ -20,18 +20,39 @@ pub(super) fn text(status: &Status) -> Result<String, std::fmt::Error> {
     counter(&mut registry, "cache_misses", "Reads that had to fetch", cache.misses);
     counter(&mut registry, "fetched_bytes", "Bytes received from sources", cache.fetched_bytes);
     counter(&mut registry, "bad_blocks", "Blocks whose checksum was wrong", cache.bad_blocks);
-    gauge(&mut registry, "virtual_mapped_bytes", "Bytes of the address space with content", status.r#virtual.mapped_bytes);
+    gauge(
+        &mut registry,
+        "virtual_mapped_bytes",
+        "Bytes of the address space with content",
+        status.r#virtual.mapped_bytes,
+    );
     gauge(&mut registry, "virtual_ranges", "Ranges handed out", status.r#virtual.ranges);
     gauge(&mut registry, "images", "Images", status.images.len() as u64);
     gauge(&mut registry, "containers", "Containers", status.containers.len() as u64);
     if let Some(daemon) = &status.daemon {
-        counter(&mut registry, "daemon_restarts", "Times the daemon took over from one that died", daemon.restarts);
-        gauge(&mut registry, "daemon_uptime_seconds", "Seconds since the daemon started", daemon.uptime_ns / 1_000_000_000);
+        counter(
+            &mut registry,
+            "daemon_restarts",
+            "Times the daemon took over from one that died",
+            daemon.restarts,
+        );
+        gauge(
+            &mut registry,
+            "daemon_uptime_seconds",
+            "Seconds since the daemon started",
+            daemon.uptime_ns / 1_000_000_000,
+        );
     }
     labelled(&mut registry, "errors", "What went wrong, by kind", "kind", &status.errors);
     labelled(&mut registry, "requests", "Requests of the kernel, by outcome", "outcome", &status.requests);
     let written = status.containers.iter().map(|c| (c.name.clone(), c.written_bytes)).collect();
-    labelled_gauge(&mut registry, "container_written_bytes", "Bytes written by a container", "container", &written);
+    labelled_gauge(
+        &mut registry,
+        "container_written_bytes",
+        "Bytes written by a container",
+        "container",
+        &written,
+    );
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)

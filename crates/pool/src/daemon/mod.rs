@@ -78,7 +78,8 @@ fn serve(directory: &PoolDirectory, options: &UpOptions) -> Result<()> {
         .enable_all()
         .build()
         .step(|| "starting the runtime".to_owned())?;
-    let pool = runtime.block_on(async { tokio::task::block_in_place(|| Pool::start(directory, config, options, lock)) });
+    let pool = runtime
+        .block_on(async { tokio::task::block_in_place(|| Pool::start(directory, config, options, lock)) });
     let pool = Arc::new(pool?);
     runtime.block_on(pool.clone().answer())?;
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -197,7 +198,9 @@ impl Pool {
     /// Without its holder the daemon serves on, but its own death would now be the pool's.
     async fn watch_holder(self: Arc<Self>) {
         if self.store.lost().await.is_ok() {
-            tracing::error!("the holder is gone: take the pool down and up again to be safe from crashes again");
+            tracing::error!(
+                "the holder is gone: take the pool down and up again to be safe from crashes again"
+            );
         }
     }
 
@@ -237,7 +240,9 @@ impl Pool {
     }
 
     fn detach(&self) -> Result<()> {
-        lock_of(&self.attachment).detach(&self.store).step(|| format!("detaching {}", self.state.device.display()))?;
+        lock_of(&self.attachment)
+            .detach(&self.store)
+            .step(|| format!("detaching {}", self.state.device.display()))?;
         if let Some(local) = lock_of(&self.local).as_mut() {
             local.detach().step(|| "detaching the local device".to_owned())?;
         }
@@ -253,7 +258,10 @@ impl Pool {
     /// The catalogue; a single mounted image has none.
     pub(crate) fn catalog(&self) -> Result<&Catalog> {
         self.catalog.get().ok_or_else(|| {
-            Error::invalid(self.directory.root().display().to_string(), "a mounted image has no images or containers")
+            Error::invalid(
+                self.directory.root().display().to_string(),
+                "a mounted image has no images or containers",
+            )
         })
     }
 

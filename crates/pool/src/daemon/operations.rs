@@ -11,8 +11,8 @@ use crate::content::{ContentSpec, place};
 use crate::error::{Context, Error, Result};
 use crate::indexes::{self, Watch};
 use crate::protocol::{
-    AddRangeRequest, AddRequest, Added, CacheStatus, Checked, ContainerStatus, CreateRequest, DaemonStatus, Evicted,
-    Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, VirtualStatus,
+    AddRangeRequest, AddRequest, Added, CacheStatus, Checked, ContainerStatus, CreateRequest, DaemonStatus,
+    Evicted, Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, VirtualStatus,
 };
 use crate::{check, containers, images, pins};
 
@@ -22,8 +22,11 @@ impl Pool {
         let cache = self.contents.cache().stats();
         let map = self.map.stats();
         let served = lock_of(&self.attachment).stats();
-        let Listing { images, containers } =
-            if self.catalog.get().is_some() { self.list()? } else { Listing { images: vec![], containers: vec![] } };
+        let Listing { images, containers } = if self.catalog.get().is_some() {
+            self.list()?
+        } else {
+            Listing { images: vec![], containers: vec![] }
+        };
         let requests = BTreeMap::from([
             ("local".to_owned(), served.hits),
             ("waited".to_owned(), served.misses),
@@ -41,7 +44,11 @@ impl Pool {
                 uptime_ns: self.started.elapsed().as_nanos() as u64,
                 restarts: self.state.restarts,
             }),
-            r#virtual: VirtualStatus { size: self.map.size(), ranges: map.ranges, mapped_bytes: map.mapped_bytes },
+            r#virtual: VirtualStatus {
+                size: self.map.size(),
+                ranges: map.ranges,
+                mapped_bytes: map.mapped_bytes,
+            },
             cache: CacheStatus {
                 bytes: cache.bytes,
                 limit: cache.limit,
@@ -146,7 +153,8 @@ impl Pool {
 
     /// What a content of the map is.
     pub(crate) fn spec(&self, id: ContentId) -> Result<ContentSpec> {
-        let bytes = self.map.spec(id).ok_or_else(|| Error::step(format!("content {id}"), "not in the map"))?;
+        let bytes =
+            self.map.spec(id).ok_or_else(|| Error::step(format!("content {id}"), "not in the map"))?;
         ContentSpec::decode(&bytes)
     }
 
