@@ -8,9 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use loam_block::{BlockDevice, Io};
-use loam_content::{
-    Cache, CacheOptions, ChunkSender, ChunkSource, Digest, FetchCost, Result, WireTotals,
-};
+use loam_content::{Cache, CacheOptions, ChunkSender, ChunkSource, Digest, FetchCost, Result, WireTotals};
 
 const CHUNK: usize = 64 << 10;
 const LENGTH: u64 = 256 << 20;
@@ -66,14 +64,19 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let directory = Path::new(&parent).join(format!("loam-hit-path-{}", std::process::id()));
     let measured = measure(&directory).await;
     std::fs::remove_dir_all(&directory)?;
-    println!("{} ns per 4 KiB hit, of which reading alone {} ns, checksum alone {} ns", measured?.0, plain(&parent)?, crc());
+    println!(
+        "{} ns per 4 KiB hit, of which reading alone {} ns, checksum alone {} ns",
+        measured?.0,
+        plain(&parent)?,
+        crc()
+    );
     Ok(())
 }
 
 async fn measure(directory: &Path) -> std::result::Result<(u64,), Box<dyn std::error::Error>> {
     let cache = Cache::open(directory, CacheOptions::default())?;
     let device = cache.device("hit-path", Arc::new(Synthetic))?;
-    device.prefetch(&[0..LENGTH], &|_| {}).await?;
+    device.prefetch(std::slice::from_ref(&(0..LENGTH)), &|_| {}).await?;
     let mut buffer = vec![0; 4096];
     let mut state = 1u64;
     let mut slow = 0;

@@ -139,7 +139,7 @@ impl WholeSource {
     /// # Errors
     /// [`Error::Source`] for an empty object or another chunk size.
     pub fn new(bytes: Arc<dyn ByteSource>, chunk_bytes: u32) -> Result<WholeSource> {
-        let name = bytes.url().to_string();
+        let name = bytes.url().shown();
         let refuse = |why: &str| {
             Err(Error::Source { kind: loam_block::ErrorKind::Invalid, what: format!("{name}: {why}") })
         };

@@ -56,6 +56,16 @@ pub enum Error {
         /// The HTTP status.
         status: u16,
     },
+    /// The server's certificate is not one that this system trusts.
+    #[error(
+        "{url}: the server's certificate is not trusted: {why}; add its authority to the system's certificates"
+    )]
+    Untrusted {
+        /// The source.
+        url: String,
+        /// The reason.
+        why: String,
+    },
     /// The server answers a range request with the whole object.
     #[error(
         "{url}: the server knows no range requests; use one that does, or download the file and use its path"
@@ -217,6 +227,7 @@ impl Error {
             Error::Changed { .. } | Error::OtherBytes { .. } => ErrorKind::Changed,
             Error::NotFound { .. }
             | Error::Denied { .. }
+            | Error::Untrusted { .. }
             | Error::NoRanges { .. }
             | Error::Status { .. }
             | Error::InUse { .. }

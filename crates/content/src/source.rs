@@ -113,7 +113,7 @@ impl WireCounters {
 fn out_of_bounds(url: &SourceUrl, offset: u64, length: u64, end: u64) -> Result<()> {
     match offset.checked_add(length) {
         Some(last) if last <= end => Ok(()),
-        _ => Err(Error::OutOfBounds { url: url.to_string(), offset, length, end }),
+        _ => Err(Error::OutOfBounds { url: url.shown(), offset, length, end }),
     }
 }
 
@@ -133,7 +133,9 @@ pub async fn open(
             let opened =
                 tokio::task::spawn_blocking(move || FileSource::open(&path, expected.as_ref())).await;
             Ok(Arc::new(
-                opened.unwrap_or_else(|_| Err(Error::ShuttingDown { what: format!("opening {url}") }))?,
+                opened.unwrap_or_else(|_| {
+                    Err(Error::ShuttingDown { what: format!("opening {}", url.shown()) })
+                })?,
             ))
         }
         (SourceUrl::Http(_), Some(pin)) => Ok(Arc::new(HttpSource::pinned(client, url, pin.clone())?)),
@@ -158,7 +160,7 @@ pub struct Fetched {
 /// [`Error::TooLong`], [`Error::NotFound`], and what else stands in the way.
 pub async fn fetch_whole(client: &HttpClient, url: &SourceUrl, limit_bytes: u64) -> Result<Fetched> {
     let SourceUrl::File(path) = url else { return http::fetch_whole(client, url, limit_bytes).await };
-    let (path, url) = (path.clone(), url.to_string());
+    let (path, url) = (path.clone(), url.shown());
     let what = format!("reading {url}");
     let fetched = tokio::task::spawn_blocking(move || {
         let source = FileSource::open(&path, None)?;

@@ -35,6 +35,21 @@ impl SourceUrl {
         }
     }
 
+    /// The address as messages may show it: without user, password and query, which may hold a signature.
+    pub fn shown(&self) -> String {
+        let SourceUrl::Http(address) = self else { return self.to_string() };
+        let end = address.find(['?', '#']).unwrap_or(address.len());
+        let (address, rest) = address.split_at(end);
+        let hidden = if rest.starts_with('?') { "?..." } else { "" };
+        match address.split_once("://").and_then(|(scheme, rest)| {
+            let host_end = rest.find('/').unwrap_or(rest.len());
+            rest[..host_end].rfind('@').map(|at| format!("{scheme}://{}", &rest[at + 1..]))
+        }) {
+            Some(public) => public + hidden,
+            None => format!("{address}{hidden}"),
+        }
+    }
+
     /// The path of a local file.
     pub fn as_path(&self) -> Option<&Path> {
         match self {
@@ -120,6 +135,18 @@ mod tests {
         }
         for bad in ["", "file:", "file://host/x", "ftp://h/x", "http://", "http://[::1/x", "s3://b/k"] {
             assert!(matches!(bad.parse::<SourceUrl>(), Err(Error::BadUrl { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        for (text, shown) in [
+            ("https://user:pw@h:1/a@b?sig=1#x", "https://h:1/a@b?..."),
+            ("http://h/a#x", "http://h/a"),
+            ("http://user@h", "http://h"),
+            ("/x/y?z", "file:/x/y?z"),
+        ] {
+            assert_eq!(text.parse::<SourceUrl>().unwrap().shown(), shown);
         }
     }
 

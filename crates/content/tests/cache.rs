@@ -1,5 +1,7 @@
 //! The cache over a source that a test controls: what is fetched, served, kept, dropped and refused.
 
+#![allow(clippy::single_range_in_vec_init, reason = "a list of ranges may have one")]
+
 mod common;
 
 use std::fs;

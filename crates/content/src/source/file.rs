@@ -36,14 +36,14 @@ impl FileSource {
     pub fn open(path: &Path, expected: Option<&Pin>) -> Result<FileSource> {
         let url = SourceUrl::File(path.to_owned());
         let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => Error::NotFound { url: url.to_string() },
+            io::ErrorKind::NotFound => Error::NotFound { url: url.shown() },
             _ => Error::io(format!("opening {}", path.display()), source),
         };
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if metadata.is_dir() {
             let why = "it is a directory".to_owned();
-            return Err(Error::BadUrl { url: url.to_string(), why });
+            return Err(Error::BadUrl { url: url.shown(), why });
         }
         let pin = pin_of(&file).map_err(failed)?;
         if let Some(expected) = expected {
@@ -82,7 +82,7 @@ fn compare(url: &SourceUrl, expected: &Pin, found: &Pin) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::Changed { url: url.to_string(), what })
+    Err(Error::Changed { url: url.shown(), what })
 }
 
 impl Shared {

@@ -195,7 +195,8 @@ async fn answer(stream: &mut TcpStream, state: &State, text: &str) -> Option<()>
         None => "200 OK".to_owned(),
     };
     if matches!(fault, Some(Fault::TooMany)) {
-        let head = format!("HTTP/1.1 {status}\r\n{etag}transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len() + 9);
+        let head =
+            format!("HTTP/1.1 {status}\r\n{etag}transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len() + 9);
         stream.write_all(head.as_bytes()).await.ok()?;
         stream.write_all(body).await.ok()?;
         return stream.write_all(b"and more!\r\n0\r\n\r\n").await.ok();

@@ -92,8 +92,15 @@ fn validator(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     Some(value.strip_prefix("W/").unwrap_or(value).to_owned())
 }
 
-/// `bytes 0-499/1234`, `bytes 0-499/*`, `bytes */1234`.
-fn content_range(headers: &HeaderMap) -> Option<(Option<(u64, u64)>, Option<u64>)> {
+/// A `Content-Range`: `bytes 0-499/1234`, `bytes 0-499/*`, `bytes */1234`.
+#[derive(Debug, Clone, Copy)]
+struct ContentRange {
+    /// First byte, and behind the last.
+    range: Option<(u64, u64)>,
+    total: Option<u64>,
+}
+
+fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
     let value = text(headers, &CONTENT_RANGE)?;
     let (unit, value) = value.split_once(' ')?;
     let (range, total) = value.trim().split_once('/')?;
@@ -105,12 +112,12 @@ fn content_range(headers: &HeaderMap) -> Option<(Option<(u64, u64)>, Option<u64>
         total => Some(total.parse().ok()?),
     };
     if range == "*" {
-        return Some((None, total));
+        return Some(ContentRange { range: None, total });
     }
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
     let end = last.checked_add(1).filter(|end| *end > first && total.is_none_or(|total| *end <= total))?;
-    Some((Some((first, end)), total))
+    Some(ContentRange { range: Some((first, end)), total })
 }
 
 /// Judges a head that is no redirect.
@@ -121,7 +128,7 @@ pub(super) fn judge(
     asked: Asked,
     known: &Known,
 ) -> Result<Answer, Failure> {
-    let name = || url.to_string();
+    let name = || url.shown();
     let malformed = |why: &str| Failure::Final(Error::Malformed { url: name(), why: why.to_owned() });
     let mut answer = Answer {
         start: 0,
@@ -140,7 +147,7 @@ pub(super) fn judge(
             let Asked::Range { start, end } = asked else {
                 return Err(malformed("206 where no range was asked for"));
             };
-            let Some((Some((from, to)), total)) = content_range(headers) else {
+            let Some(ContentRange { range: Some((from, to)), total }) = content_range(headers) else {
                 return Err(malformed("206 without a Content-Range that can be understood"));
             };
             // Fewer bytes are allowed: the rest is asked for again.
@@ -151,7 +158,7 @@ pub(super) fn judge(
             (answer.start, answer.end, answer.total, answer.ranges) = (from, Some(to), total, true);
         }
         416 => {
-            let total = content_range(headers).and_then(|(_, total)| total);
+            let total = content_range(headers).and_then(|range| range.total);
             if known.length.is_none() && total == Some(0) {
                 (answer.end, answer.total) = (Some(0), Some(0));
                 return Ok(answer);
@@ -186,7 +193,7 @@ pub(super) fn judge(
 
 fn length_changed(url: &SourceUrl, known: u64, found: u64) -> Failure {
     let what = format!("it was {known} bytes long, it is now {found}");
-    Failure::Final(Error::Changed { url: url.to_string(), what })
+    Failure::Final(Error::Changed { url: url.shown(), what })
 }
 
 fn same_version(url: &SourceUrl, answer: &Answer, known: &Known) -> Result<(), Failure> {
@@ -197,7 +204,7 @@ fn same_version(url: &SourceUrl, answer: &Answer, known: &Known) -> Result<(), F
     }
     let changed = |what: &str, was: &str, is: &str| {
         Err(Failure::Final(Error::Changed {
-            url: url.to_string(),
+            url: url.shown(),
             what: format!("{what} was {was}, it is now {is}"),
         }))
     };

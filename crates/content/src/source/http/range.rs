@@ -22,7 +22,7 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) fn new(url: &SourceUrl) -> Result<Target> {
-        let bad = |why: String| Error::BadUrl { url: url.to_string(), why };
+        let bad = |why: String| Error::BadUrl { url: url.shown(), why };
         let SourceUrl::Http(address) = url else {
             return Err(bad("it is no http:// or https:// address".into()));
         };
@@ -69,7 +69,7 @@ impl Request<'_> {
     }
 
     fn malformed(&self, why: impl Into<String>) -> Failure {
-        Failure::Final(Error::Malformed { url: self.url.to_string(), why: why.into() })
+        Failure::Final(Error::Malformed { url: self.url.shown(), why: why.into() })
     }
 
     /// Sends the request, follows redirects, judges the head.
@@ -116,13 +116,15 @@ impl Request<'_> {
         };
         let to = from
             .join(location)
-            .map_err(|error| self.malformed(format!("redirected to {location:?}: {error}")))?;
+            .map_err(|error| self.malformed(format!("redirected to no address: {error}")))?;
+        let shown = || format!("{}://{}", to.scheme(), to.host_str().unwrap_or_default());
         match (from.scheme(), to.scheme()) {
             ("http" | "https", "https") | ("http", "http") => Ok(to),
             ("https", "http") => {
-                Err(self.malformed(format!("redirected from https to {to}, where anyone could alter it")))
+                let why = format!("redirected from https to {}, where anyone could alter it", shown());
+                Err(self.malformed(why))
             }
-            _ => Err(self.malformed(format!("redirected to {to}, which is not HTTP"))),
+            _ => Err(self.malformed(format!("redirected to {}, which is not HTTP", shown()))),
         }
     }
 
@@ -139,6 +141,10 @@ impl Request<'_> {
         match timeout(limit, request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if error.is_builder() => Err(self.malformed(chain(&error))),
+            Ok(Err(error)) if untrusted(&error) => {
+                let (url, why) = (self.url.shown(), chain(&error.without_url()));
+                Err(Failure::Final(Error::Untrusted { url, why }))
+            }
             Ok(Err(error)) if error.is_timeout() => Err(Failure::timed_out(chain(&error.without_url()))),
             Ok(Err(error)) => Err(Failure::passing(chain(&error.without_url()))),
             Err(_) => Err(Failure::timed_out(format!("no answer in {limit:?}"))),
@@ -170,6 +176,24 @@ impl Request<'_> {
             }
         }
     }
+}
+
+/// Whether TLS refused the server's certificate: trying again would not help.
+fn untrusted(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        // An I/O error does not give the error that it wraps as its source, but that one's; and they wrap each other.
+        let mut inner = error;
+        while let Some(wrapped) = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            inner = wrapped;
+        }
+        let tls = inner.downcast_ref::<rustls::Error>();
+        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl Window {
@@ -226,9 +250,9 @@ impl Trouble {
             options.backoff_first.saturating_mul(1 << (self.attempts - 1).min(16)).min(options.backoff_max);
         let jittered = doubled.mul_f64(rand::random_range(0.5..=1.0));
         let pause = after.unwrap_or_default().max(jittered);
-        tracing::debug!(%url, why, attempt = self.attempts, ?pause, "an attempt failed");
+        tracing::debug!(url = url.shown(), why, attempt = self.attempts, ?pause, "an attempt failed");
         if self.attempts >= options.attempts_max || elapsed + pause > options.patience {
-            let (url, attempts, last) = (url.to_string(), self.attempts, why);
+            let (url, attempts, last) = (url.shown(), self.attempts, why);
             return Err(match timed_out {
                 true => Error::TimedOut { url, attempts, elapsed, last },
                 false => Error::Unavailable { url, attempts, elapsed, last },
@@ -319,7 +343,7 @@ impl Reader {
         // The whole object where a part was asked for. Who reads all of it can pass over what is known already; anyone
         // else would download a gigabyte for a block.
         if !self.whole {
-            return Err(Failure::Final(Error::NoRanges { url: shared.url.to_string() }));
+            return Err(Failure::Final(Error::NoRanges { url: shared.url.shown() }));
         }
         let mut skip = self.at;
         while skip > 0 {
@@ -350,7 +374,7 @@ impl Shared {
         {
             // Two first answers at once, of two versions.
             let what = format!("its ETag was {was}, it is now {is}");
-            return Err(Failure::Final(Error::Changed { url: self.url.to_string(), what }));
+            return Err(Failure::Final(Error::Changed { url: self.url.shown(), what }));
         }
         Ok(())
     }
@@ -373,7 +397,7 @@ pub(super) async fn probe(
                     let _ = request.piece(&mut body).await;
                 }
                 let length = answer.total.ok_or_else(|| Error::Malformed {
-                    url: url.to_string(),
+                    url: url.shown(),
                     why: "the server does not say how long it is".to_owned(),
                 })?;
                 let (etag, last_modified) = (answer.etag, answer.last_modified);
@@ -403,7 +427,7 @@ pub(super) async fn whole(
 }
 
 async fn attempt_whole(request: &Request<'_>, limit: u64) -> Result<(Bytes, Pin), Failure> {
-    let too_long = || Failure::Final(Error::TooLong { url: request.url.to_string(), limit });
+    let too_long = || Failure::Final(Error::TooLong { url: request.url.shown(), limit });
     let (mut body, answer) = request.send(Asked::Whole, &Known::default()).await?;
     if answer.total.is_some_and(|total| total > limit) {
         return Err(too_long());
