@@ -7,6 +7,7 @@
 
 mod buffer;
 mod connect;
+mod queues;
 mod server;
 mod session;
 mod stats;
@@ -14,6 +15,6 @@ pub mod wire;
 
 pub(crate) use connect::open_file;
 pub use connect::{Connection, connect};
-pub use server::{Server, ServerOptions};
+pub use server::{Engine, Server, ServerOptions};
 pub use session::{Action, MAX_READ, Negotiated, REPLY_BYTES, Session};
 pub use stats::Stats;

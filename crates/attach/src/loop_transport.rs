@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use crate::fuse::{self, Negotiated, Server, ServerOptions, Stats};
+use crate::fuse::{self, Engine, Negotiated, Server, ServerOptions, Stats};
 use crate::holder::FdStore;
 use crate::{Error, Result};
 
@@ -112,6 +112,12 @@ impl LoopTransport {
         let Some(negotiated) = server.negotiated() else {
             return Err(Error::Mismatch("the FUSE connection began without INIT".into()));
         };
+        if options.server.engine == Engine::Uring && !negotiated.uses_uring() {
+            tracing::warn!(
+                "this kernel has FUSE over io_uring switched off (echo Y > /sys/module/fuse/parameters/enable_uring): \
+                 serving by /dev/fuse"
+            );
+        }
         let loop_device = loopdev::attach(&LoopConfig {
             backing: file.as_fd(),
             read_only: true,
@@ -272,6 +278,11 @@ impl Attachment {
     /// What to keep on disk for [`LoopTransport::resume`], [`LoopTransport::find`] and [`LoopTransport::remove`].
     pub fn state(&self) -> &SavedState {
         &self.state
+    }
+
+    /// How requests travel: what was asked for, or what the kernel made of it.
+    pub fn engine(&self) -> Engine {
+        if self.state.negotiated.uses_uring() { Engine::Uring } else { Engine::Classic }
     }
 
     /// Counters of the FUSE server.

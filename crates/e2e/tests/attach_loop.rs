@@ -10,7 +10,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use attach_common::{Aligned, HUGE, TestDevice, VIRTUAL_BASE, open_direct, read_pattern, resources, runtime};
 use loam_attach::holder::FdStore;
@@ -132,7 +132,7 @@ fn misses_do_not_stand_before_hits() {
     let runtime = runtime();
     let device = Arc::new(TestDevice {
         slow_from: VIRTUAL_BASE,
-        delay: Duration::from_millis(500),
+        delay: Duration::from_secs(2),
         ..TestDevice::new(HUGE)
     });
     let mut attachment = LoopTransport::attach(
@@ -157,12 +157,10 @@ fn misses_do_not_stand_before_hits() {
             std::thread::sleep(Duration::from_millis(1));
         }
         let file = open_direct(&path);
-        let begin = Instant::now();
         for index in 0..100 {
             read_pattern(&file, index * 4096, &mut Aligned::new(4096)).unwrap();
         }
-        assert!(begin.elapsed() < Duration::from_millis(400), "{:?}", begin.elapsed());
-        assert_eq!(device.under_way.load(Ordering::Relaxed), 32);
+        assert_eq!(device.under_way.load(Ordering::Relaxed), 32, "the hits were answered first");
         for miss in misses {
             miss.join().unwrap().unwrap();
         }

@@ -5,7 +5,7 @@
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use zerocopy::IntoBytes;
 
 use super::buffer::PageBuffer;
+use super::queues::Queues;
 use super::session::{self, Action, MAX_READ, Negotiated, REPLY_BYTES, Session};
 use super::stats::{self, Counters, Stats, add};
 use super::wire;
@@ -31,17 +32,30 @@ const DEFAULT_MAX_BACKGROUND: u16 = 256;
 /// Bytes of buffers that all waiting reads may hold; more of them wait without a buffer.
 const WAITING_BYTES_MAX: u32 = 64 << 20;
 /// What the budget above is counted in.
-const BUDGET_UNIT: u32 = 4096;
+pub(super) const BUDGET_UNIT: u32 = 4096;
 /// errno for a read that failed in a way the device did not name.
-const EIO: i32 = 5;
+pub(super) const EIO: i32 = 5;
 /// Between looks at whether the threads have ended.
 const JOIN_POLL: Duration = Duration::from_millis(1);
 
 const _: () = assert!(MAX_READ <= WAITING_BYTES_MAX, "a read that never gets its buffer");
 
+/// How requests and replies travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// By reads and writes of /dev/fuse. Another process can take over.
+    #[default]
+    Classic,
+    /// By io_uring, where the kernel has it switched on (module parameter `fuse.enable_uring`, Linux 6.14), else as
+    /// [`Engine::Classic`]. Faster, but a process that dies takes what is under way with it: no other can take over.
+    Uring,
+}
+
 /// How a connection is served.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
+    /// How requests and replies travel.
+    pub engine: Engine,
     /// Threads, 1 to 64; `None`: as many as processors, at most 4.
     pub threads: Option<usize>,
     /// Asynchronous requests that the kernel may have under way.
@@ -50,7 +64,7 @@ pub struct ServerOptions {
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        ServerOptions { threads: None, max_background: DEFAULT_MAX_BACKGROUND }
+        ServerOptions { engine: Engine::Classic, threads: None, max_background: DEFAULT_MAX_BACKGROUND }
     }
 }
 
@@ -68,14 +82,15 @@ pub struct Server {
     threads: Vec<JoinHandle<()>>,
 }
 
-struct Shared {
+pub(super) struct Shared {
     channel: OwnedFd,
-    device: Arc<dyn BlockDevice>,
-    session: Session,
-    runtime: Handle,
-    waiting: Semaphore,
+    pub(super) device: Arc<dyn BlockDevice>,
+    pub(super) session: Session,
+    pub(super) runtime: Handle,
+    pub(super) waiting: Semaphore,
     negotiated: OnceLock<Negotiated>,
     counters: Box<[Counters]>,
+    queues: Queues,
 }
 
 impl Server {
@@ -97,7 +112,7 @@ impl Server {
     /// Goes on with a connection that another process began, and asks for every request that it left unanswered.
     ///
     /// # Errors
-    /// [`Error::CannotResend`] when the kernel did not offer that; where threads cannot be started.
+    /// [`Error::CannotResend`] when the kernel did not offer that, or serves by io_uring; where threads cannot be started.
     pub fn resume(
         channel: OwnedFd,
         name: &str,
@@ -109,7 +124,9 @@ impl Server {
         if !negotiated.can_resend() {
             return Err(Error::CannotResend);
         }
-        let server = Server::spawn(channel, name, device, runtime, options, OnceLock::from(negotiated))?;
+        // A connection stays what it began as.
+        let options = ServerOptions { engine: Engine::Classic, ..options.clone() };
+        let server = Server::spawn(channel, name, device, runtime, &options, OnceLock::from(negotiated))?;
         let notification = session::resend_notification();
         rustix::io::write(&server.shared.channel, notification.as_bytes())
             .map_err(|error| loam_sys::Error::new("FUSE_NOTIFY_RESEND", "/dev/fuse", error))?;
@@ -125,11 +142,19 @@ impl Server {
         negotiated: OnceLock<Negotiated>,
     ) -> Result<Server> {
         let geometry = device.geometry();
-        let session = Session::new(name, geometry.size, geometry.maximum_block, options.max_background);
+        let mut session = Session::new(name, geometry.size, geometry.maximum_block, options.max_background);
         let threads = options.threads();
-        let counters = (0..threads).map(|_| Counters::default()).collect();
+        let queues = match options.engine {
+            Engine::Classic => Queues::none(),
+            Engine::Uring => {
+                session.offer_uring();
+                Queues::prepare(channel.as_fd(), session.max_read(), threads)?
+            }
+        };
+        let counters = (0..threads + queues.len()).map(|_| Counters::default()).collect();
         let waiting = Semaphore::new((WAITING_BYTES_MAX / BUDGET_UNIT) as usize);
-        let shared = Arc::new(Shared { channel, device, session, runtime, waiting, negotiated, counters });
+        let shared = Shared { channel, device, session, runtime, waiting, negotiated, counters, queues };
+        let shared = Arc::new(shared);
         let mut server = Server { shared, threads: Vec::with_capacity(threads) };
         for index in 0..threads {
             let shared = Arc::clone(&server.shared);
@@ -161,13 +186,14 @@ impl Server {
     /// time.
     pub fn wait(&mut self, timeout: Duration) -> bool {
         let end = Instant::now() + timeout;
-        while !self.threads.iter().all(JoinHandle::is_finished) {
+        let mut queues = self.shared.queues.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        while !self.threads.iter().chain(queues.iter()).all(JoinHandle::is_finished) {
             if Instant::now() >= end {
                 return false;
             }
             std::thread::sleep(JOIN_POLL);
         }
-        for thread in self.threads.drain(..) {
+        for thread in self.threads.drain(..).chain(queues.drain(..)) {
             // Panics of the device are caught where it is called; the loop itself has none to pass on.
             let _ = thread.join();
         }
@@ -182,11 +208,22 @@ enum Channel {
     Closed,
 }
 
-fn serve(shared: &Arc<Shared>, index: usize) {
-    // Per thread; without it, memory reclaim through the device could wait for itself.
+/// Per thread; without it, memory reclaim through the device could wait for itself.
+pub(super) fn become_flusher() {
     if let Err(error) = loam_sys::process::become_io_flusher() {
         tracing::debug!(%error, "serving block I/O without PR_SET_IO_FLUSHER");
     }
+}
+
+fn serve(shared: &Arc<Shared>, index: usize) {
+    receive(shared, index);
+    // Queues that still wait for a beginning would wait for ever.
+    shared.queues.begin(shared, false);
+}
+
+/// Takes requests from /dev/fuse until the connection ends.
+fn receive(shared: &Arc<Shared>, index: usize) {
+    become_flusher();
     let _context = shared.runtime.enter();
     let mut request = PageBuffer::new(wire::MIN_READ_BUFFER);
     let mut data = PageBuffer::new(MAX_READ as usize);
@@ -211,7 +248,7 @@ fn serve(shared: &Arc<Shared>, index: usize) {
 }
 
 /// What the device did about a read.
-enum Attempt {
+pub(super) enum Attempt {
     Done,
     Failed(i32),
     MustWait,
@@ -232,7 +269,10 @@ impl Shared {
             Action::Begin(length, negotiated) => {
                 // Set before the answer: whoever opens the file waits for that.
                 let _ = self.negotiated.set(negotiated);
-                length
+                add(&counters.other, 1);
+                let channel = self.send(index, &[reply.get(..length).unwrap_or_default()]);
+                self.queues.begin(self, negotiated.uses_uring());
+                return channel;
             }
             Action::Nothing => {
                 add(&counters.other, 1);
@@ -274,7 +314,7 @@ impl Shared {
 
     /// Asks the device once. A future is dropped unpolled: by the contract of [`BlockDevice`] nothing has happened, and
     /// the read is made again with a buffer that may stay with it.
-    fn attempt(&self, offset: u64, buffer: &mut [u8]) -> Attempt {
+    pub(super) fn attempt(&self, offset: u64, buffer: &mut [u8]) -> Attempt {
         let outcome = catch_unwind(AssertUnwindSafe(|| match self.device.read(offset, buffer) {
             Io::Ready(Ok(())) => Attempt::Done,
             Io::Ready(Err(error)) => {
@@ -287,14 +327,14 @@ impl Shared {
     }
 
     /// Logs failed reads, ever more rarely: one bad region read over and over must not fill a disk.
-    fn log(&self, error: &loam_block::Error) {
+    pub(super) fn log(&self, error: &loam_block::Error) {
         let errors = stats::sum(self.counters.iter()).errors + 1;
         if errors.is_power_of_two() {
             tracing::warn!(?error, errors, "a read of the virtual device failed");
         }
     }
 
-    fn counters(&self, index: usize) -> &Counters {
+    pub(super) fn counters(&self, index: usize) -> &Counters {
         &self.counters[index]
     }
 

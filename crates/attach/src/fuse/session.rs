@@ -41,9 +41,15 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
-    /// Whether the kernel can send unanswered requests again, so that a new process may take over (Linux 6.9).
+    /// Whether the kernel can send unanswered requests again, so that a new process may take over (Linux 6.9). Not those
+    /// that are under way in io_uring.
     pub fn can_resend(&self) -> bool {
-        self.flags & init::HAS_RESEND != 0
+        self.flags & init::HAS_RESEND != 0 && !self.uses_uring()
+    }
+
+    /// Whether requests come by io_uring.
+    pub fn uses_uring(&self) -> bool {
+        self.flags & init::OVER_IO_URING != 0
     }
 }
 
@@ -76,6 +82,7 @@ pub struct Session {
     size: u64,
     max_read: u32,
     max_background: u16,
+    uring: bool,
 }
 
 impl Session {
@@ -83,7 +90,17 @@ impl Session {
     /// one to [`MAX_READ`]); at most `max_background` asynchronous requests under way.
     pub fn new(name: impl Into<Vec<u8>>, size: u64, max_read: u32, max_background: u16) -> Session {
         let max_read = (max_read / PAGE * PAGE).clamp(PAGE, MAX_READ);
-        Session { name: name.into(), size, max_read, max_background }
+        Session { name: name.into(), size, max_read, max_background, uring: false }
+    }
+
+    /// Takes FUSE over io_uring when the kernel offers it.
+    pub fn offer_uring(&mut self) {
+        self.uring = true;
+    }
+
+    /// The longest read, in bytes.
+    pub fn max_read(&self) -> u32 {
+        self.max_read
     }
 
     /// What to do about one request. `reply` is filled for [`Action::Reply`] and [`Action::Begin`].
@@ -163,7 +180,11 @@ impl Session {
         if offered & init::INIT_EXT != 0 {
             offered |= u64::from(offer.flags2) << 32;
         }
-        let wanted = init::ASYNC_READ | init::ASYNC_DIO | init::MAX_PAGES | init::INIT_EXT | init::HAS_RESEND;
+        let mut wanted =
+            init::ASYNC_READ | init::ASYNC_DIO | init::MAX_PAGES | init::INIT_EXT | init::HAS_RESEND;
+        if self.uring {
+            wanted |= init::OVER_IO_URING;
+        }
         let flags = offered & wanted;
         out.flags = flags as u32;
         out.flags2 = (flags >> 32) as u32;

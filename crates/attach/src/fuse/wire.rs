@@ -45,6 +45,8 @@ pub mod init {
     pub const INIT_EXT: u64 = 1 << 30;
     /// The kernel can send unanswered requests again (`FUSE_HAS_RESEND`, Linux 6.9).
     pub const HAS_RESEND: u64 = 1 << 39;
+    /// Requests come by io_uring (`FUSE_OVER_IO_URING`, Linux 6.14).
+    pub const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Bits of `open_flags` in the reply to OPEN.

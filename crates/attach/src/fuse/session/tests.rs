@@ -79,6 +79,18 @@ fn init_without_the_extension_bit_ignores_the_second_word() {
 }
 
 #[test]
+fn io_uring_is_taken_only_when_asked_for_and_rules_out_a_resend() {
+    let mut reply = [0; REPLY_BYTES];
+    let mut session = session();
+    session.offer_uring();
+    let Action::Begin(_, agreed) = session.handle(&init_request(44, u64::MAX), &mut reply) else { panic!() };
+    assert!(agreed.uses_uring() && !agreed.can_resend());
+    let offer = init_request(44, !init::OVER_IO_URING);
+    let Action::Begin(_, agreed) = session.handle(&offer, &mut reply) else { panic!() };
+    assert!(!agreed.uses_uring() && agreed.can_resend());
+}
+
+#[test]
 fn an_old_kernel_is_refused_and_a_newer_major_is_told_ours() {
     assert_eq!(errno(&init_request(30, 0)), EPROTO);
     let offer = InitIn { major: 8, minor: 0, max_readahead: 0, flags: 0, flags2: 0, unused: [0; 11] };
