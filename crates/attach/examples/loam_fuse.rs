@@ -1,12 +1,13 @@
 //! loam's FUSE server under a loop device with a device that is always at hand, to be compared with `bare_fuse`.
 //!
 //! ```text
-//! loam_fuse [DEVICE] [THREADS]   DEVICE as on the command line of loam, "pattern:4EiB" by default
-//!                                serves until standard input is closed; prints the loop device, then the counters
+//! loam_fuse [DEVICE] [THREADS | uring]   DEVICE as on the command line of loam, "pattern:4EiB" by default
+//!                                        serves until standard input is closed; prints the loop device, then the counters
 //! ```
 
 use std::io::{Read, Write};
 
+use loam_attach::fuse::Engine;
 use loam_attach::holder::FdStore;
 use loam_attach::{AttachOptions, LoopTransport};
 use loam_block::DeviceSpec;
@@ -17,7 +18,11 @@ fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
     let spec: DeviceSpec = arguments.next().as_deref().unwrap_or("pattern:4EiB").parse()?;
     let mut options = AttachOptions::default();
-    options.server.threads = arguments.next().map(|number| number.parse()).transpose()?;
+    match arguments.next().as_deref() {
+        Some("uring") => options.server.engine = Engine::Uring,
+        Some(number) => options.server.threads = Some(number.parse()?),
+        None => {}
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let store = FdStore::none();
     let device = spec.open(Default::default())?;

@@ -231,6 +231,7 @@ fn receive(shared: &Arc<Shared>, index: usize) {
     loop {
         let buffer = request.first_mut(wire::MIN_READ_BUFFER);
         let length = match rustix::io::read(&shared.channel, buffer) {
+            Ok(0) => return,
             Ok(length) => length,
             // ENOENT: the request was taken back while it was being read.
             Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => continue,
@@ -405,3 +406,6 @@ impl Drop for Miss {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
