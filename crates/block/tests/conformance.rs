@@ -86,6 +86,11 @@ async fn holes_of_a_file_are_found_and_punched() {
         kinds(all),
         [(0, 128, Hole), (128, 64, Data), (192, 320, Hole), (512, 64, Data), (576, 448, Hole)]
     );
+    let again = device.extents(0, 1 << 20, 16).await.expect("extents");
+    assert_eq!(kinds(again).len(), 5, "what is remembered is no more than what was found");
+    let inside = device.extents(514 << 10, 4 << 10, 1);
+    assert!(inside.is_ready(), "a run of data is remembered");
+    assert_eq!(kinds(inside.await.expect("extents")), [(514, 4, Data)]);
     let flags = loam_block::ZeroFlags { fast_only: true, ..Default::default() };
     device.write_zeroes(512 << 10, 64 << 10, flags).await.expect("punched");
     let rest = device.extents(192 << 10, 832 << 10, 16).await.expect("extents");

@@ -204,14 +204,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_cached_block_is_answered_by_the_caller() -> Result<()> {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let device = FileDevice::create(directory.path().join("f"), 1 << 20, FileOptions::default())?;
-        device.write(4096, &[7; 4096], WriteFlags::default()).await?;
-        let mut buffer = [0; 4096];
-        let answer = device.read(4096, &mut buffer);
-        assert!(answer.is_ready());
-        answer.await?;
-        assert_eq!(buffer, [7; 4096]);
+        for parent in ["/var/tmp", "/dev/shm"] {
+            let directory = tempfile::tempdir_in(parent).expect("temporary directory");
+            let device = FileDevice::create(directory.path().join("f"), 1 << 20, FileOptions::default())?;
+            device.write(4096, &[7; 4096], WriteFlags::default()).await?;
+            let mut buffer = [0; 4096];
+            let answer = device.read(4096, &mut buffer);
+            assert!(answer.is_ready(), "in {parent}");
+            answer.await?;
+            assert_eq!(buffer, [7; 4096]);
+        }
         Ok(())
     }
 
