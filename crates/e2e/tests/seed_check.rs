@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use loam_seed::{
     Attributes, FileTree, Layout, MemoryTree, NodeKind, OwnedKind, Report, Run, SeedOptions, Subvolume,
-    Timestamp, VIRTUAL_BASE, inline_max, write,
+    Timestamp, VIRTUAL_BASE, inline_max, verify, write,
 };
 
 const SECTOR: u64 = 4096;
@@ -137,8 +137,20 @@ impl Seed {
 
     /// `btrfs check` of the attached devices, which must find nothing.
     fn check(&self, devices: &(Loop, Loop)) {
-        let main = if self.options.layout == Layout::Pair { &devices.1 } else { &devices.0 };
+        let is_pair = self.options.layout == Layout::Pair;
+        let main = if is_pair { &devices.1 } else { &devices.0 };
         check(main, &devices.0);
+        self.verify(is_pair);
+    }
+
+    /// The project's own verifier, which must find nothing either.
+    fn verify(&self, with_local: bool) {
+        let open = |path| File::open(path).expect("image");
+        let (virtual_image, local) = (open(self.virtual_path()), open(self.local_path()));
+        let local: Option<&dyn loam_seed::ReadAt> = if with_local { Some(&local) } else { None };
+        let verification = verify(&virtual_image, local).expect("readable");
+        let text: String = verification.findings.iter().map(|finding| format!("{finding}\n")).collect();
+        assert!(verification.is_clean(), "{text}");
     }
 
     fn mount_pair(&self, devices: &(Loop, Loop), options: &str) -> Mount {
@@ -496,6 +508,7 @@ fn a_single_seed_is_sprouted_by_adding_a_device() {
             fs::write(mount.0.join("image/new"), b"sprouted").expect("write");
         }
         check(&devices.1, &devices.0);
+        seed.verify(true);
         let mount = seed.mount_pair(&devices, ",subvol=image");
         assert_eq!(fs::read(mount.0.join("new")).expect("read"), b"sprouted");
     }

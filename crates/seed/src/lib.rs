@@ -13,6 +13,7 @@ mod error;
 mod hash;
 mod identity;
 mod image;
+mod inspect;
 mod label;
 mod memory_tree;
 mod options;
@@ -25,12 +26,14 @@ mod write;
 pub use error::{Error, Result};
 pub use identity::Identity;
 pub use image::{Image, MemoryImage, ReadAt};
+pub use inspect::{FieldValue, PieceValue, Record, TreeFilter, Value, inspect};
 pub use label::{LABEL_OFFSET, LABEL_SIZE, Label, read_label};
 pub use memory_tree::{MemoryTree, OwnedKind};
 pub use options::{
     CHUNK_LENGTH, KERNEL_CHUNK_MAX, LOCAL_SIZE_MIN, Layout, SeedOptions, Timestamp, VIRTUAL_BASE,
     VIRTUAL_SIZE_MAX, VIRTUAL_SIZE_MIN,
 };
+pub use reader::read_virtual_superblock;
 pub use synthetic::SyntheticTree;
 pub use tree::{Attributes, FileTree, Node, NodeKind, Run, Subvolume, inline_max};
 pub use verify::{Counts, Finding, Verification, verify};

@@ -31,7 +31,7 @@ fn many_files_verify() {
     let subvolume = Subvolume { name: "files", tree: &tree, readonly: false };
     let verification = format(&small_options(), &[subvolume]).expect("formatted").verify();
     assert!(verification.is_clean(), "{}", show(&verification));
-    assert_eq!(verification.counts.inodes, 20_000 + 80 + 1 + 2);
+    assert_eq!(verification.counts.inodes, 20_000 + 80 + 1 + 3);
     assert_eq!(full_pair(Layout::Pair).verify().findings, []);
 }
 
@@ -51,7 +51,7 @@ fn a_flipped_bit_is_found_and_named_wherever_it_is() {
     for layout in [Layout::Pair, Layout::Single] {
         let mut pair = full_pair(layout);
         let pages = blocks(pair.trees());
-        let stride = 61;
+        let stride = 37;
         let (mut tried, mut position) = (0, 0);
         while position < pages.len() as u64 * 4096 {
             let byte = pages[(position / 4096) as usize] + position % 4096;
@@ -151,6 +151,7 @@ const FREE: &[&str] = &[
 fn a_changed_field_with_a_right_checksum_is_found() {
     let mut pair = full_pair(Layout::Pair);
     let mut tried = std::collections::BTreeMap::<(u64, u8, String), u32>::new();
+    let mut missed = std::collections::BTreeSet::<String>::new();
     for page in blocks(pair.trees()).into_iter().filter(|page| *page >= 1 << 20 && *page != 64 << 20) {
         let mut block = vec![0; 4096];
         pair.trees().read_at(page, &mut block).expect("read");
@@ -158,7 +159,9 @@ fn a_changed_field_with_a_right_checksum_is_found() {
         let tree = u64::from_le_bytes(block[88..96].try_into().expect("eight bytes"));
         for (byte, kind, field) in fields(&block) {
             let times = tried.entry((tree, kind, field.clone())).or_default();
-            let free = kind != 0 && FREE.iter().any(|free| field.starts_with(free));
+            let free = kind != 0 && FREE.iter().any(|free| field.starts_with(free))
+                // The root tree's directory: formatters disagree on what to state.
+                || tree == 1 && field == "inode.nbytes";
             if free || *times >= 3 {
                 continue;
             }
@@ -167,16 +170,14 @@ fn a_changed_field_with_a_right_checksum_is_found() {
             let crc = crc32c::crc32c(&block[32..]);
             block[..4].copy_from_slice(&crc.to_le_bytes());
             pair.trees().write_at(page, &block).expect("write");
-            if let Ok(verification) = verify_or_error(&pair) {
-                assert!(
-                    !verification.is_clean(),
-                    "tree {tree}, item type {kind}, {field} at byte {byte} of {page}"
-                );
+            if verify_or_error(&pair).is_ok_and(|verification| verification.is_clean()) {
+                missed.insert(format!("tree {tree}, item type {kind}, {field}"));
             }
             block.copy_from_slice(&original);
             pair.trees().write_at(page, &block).expect("write");
         }
     }
+    assert!(missed.is_empty(), "{missed:#?}");
     assert!(tried.len() > 250, "{}", tried.len());
     assert!(pair.verify().is_clean());
 }

@@ -10,6 +10,9 @@ use crate::disk::{
 
 use super::crc::{FlippedBit, flipped_bit};
 
+/// All flags of a block that there are: written, relocated, and the version of its references.
+const HEADER_FLAGS: u64 = flag::HEADER_WRITTEN | 1 << 1 | 0xff << 56;
+
 /// A tree block in memory.
 #[derive(Debug, Clone)]
 pub struct Block {
@@ -234,6 +237,7 @@ impl Block {
             differs("generation", header.generation.get(), generation);
         }
         differs("flags.written", header.flags.get() & flag::HEADER_WRITTEN, flag::HEADER_WRITTEN);
+        differs("flags", header.flags.get() & !HEADER_FLAGS, 0);
         differs("flags.backref_version", header.flags.get() >> 56, 1);
         if header.level >= LEVEL_MAX {
             faults.push(Fault::new("header.level", format!("is {}; at most 7 is possible", header.level)));

@@ -45,7 +45,7 @@ pub struct OpenDevice<'a> {
 pub struct Filesystem<'a> {
     devices: Vec<OpenDevice<'a>>,
     main: usize,
-    uuids: Uuids,
+    chunk_tree_uuid: Option<[u8; 16]>,
     chunks: ChunkMap,
     device_items: Vec<DevItem>,
     chunk_faults: Vec<(u64, Fault)>,
@@ -76,12 +76,10 @@ impl<'a> Filesystem<'a> {
         superblock::supported(superblock).map_err(format)?;
         let used = (superblock.system_chunks_size.get() as usize).min(superblock.system_chunks.len());
         let chunks = ChunkMap::of_superblock(&superblock.system_chunks[..used]).map_err(format)?;
-        let fsid =
-            if superblock.metadata_uuid == [0; 16] { superblock.fsid } else { superblock.metadata_uuid };
         let mut filesystem = Filesystem {
             devices: open,
             main,
-            uuids: Uuids { fsid, chunk_tree: None },
+            chunk_tree_uuid: None,
             chunks,
             device_items: Vec::new(),
             chunk_faults: Vec::new(),
@@ -114,7 +112,7 @@ impl<'a> Filesystem<'a> {
                 }
             }
         }
-        self.uuids.chunk_tree = uuid;
+        self.chunk_tree_uuid = uuid;
         (self.chunks, self.device_items, self.chunk_faults) = (chunks, devices, faults);
     }
 
@@ -143,9 +141,9 @@ impl<'a> Filesystem<'a> {
         &self.chunk_faults
     }
 
-    /// The UUIDs that all blocks carry.
-    pub fn uuids(&self) -> &Uuids {
-        &self.uuids
+    /// The UUID of the chunk tree, which all blocks carry; none before its first block was read.
+    pub fn chunk_tree_uuid(&self) -> Option<[u8; 16]> {
+        self.chunk_tree_uuid
     }
 
     /// Bytes of a tree block.
@@ -236,11 +234,11 @@ impl<'a> Filesystem<'a> {
         Ok(())
     }
 
-    /// Fills `buffer` from a logical address, from any device at hand that has it.
+    /// Fills `buffer` from a logical address, from the first device at hand that has it, which is returned.
     ///
     /// # Errors
     /// Why it cannot be read, in words.
-    pub fn read_logical(&self, logical: u64, buffer: &mut [u8]) -> Result<(), String> {
+    pub fn read_logical(&self, logical: u64, buffer: &mut [u8]) -> Result<&OpenDevice<'a>, String> {
         let chunk = self.chunks.find(logical).ok_or("no chunk holds this address")?;
         let end = logical.checked_add(buffer.len() as u64);
         if end.is_none_or(|end| end > chunk.end()) {
@@ -255,7 +253,7 @@ impl<'a> Filesystem<'a> {
             let Some(open) = self.devices.iter().find(holds) else { continue };
             let physical = place.physical + (logical - chunk.logical);
             match open.device.image.read_at(physical, buffer) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(open),
                 Err(error) => failure = format!("{} image at {physical}: {error}", open.device.name),
             }
         }
@@ -270,12 +268,19 @@ impl<'a> Filesystem<'a> {
         faults: &mut Vec<Fault>,
     ) -> Option<Block> {
         let mut data = vec![0; self.node_size() as usize].into_boxed_slice();
-        if let Err(reason) = self.read_logical(bytenr, &mut data) {
-            faults.push(Fault { field: "block".to_owned(), key: None, reason });
-            return None;
-        }
+        let open = match self.read_logical(bytenr, &mut data) {
+            Ok(open) => open,
+            Err(reason) => {
+                faults.push(Fault { field: "block".to_owned(), key: None, reason });
+                return None;
+            }
+        };
         let block = Block::new(bytenr, data, faults);
-        block.check(expected, &self.uuids, faults);
+        // What a seed holds keeps the seed's UUID.
+        let superblock = &open.superblock;
+        let metadata_uuid = superblock.metadata_uuid;
+        let fsid = if metadata_uuid == [0; 16] { superblock.fsid } else { metadata_uuid };
+        block.check(expected, &Uuids { fsid, chunk_tree: self.chunk_tree_uuid }, faults);
         Some(block)
     }
 }

@@ -87,10 +87,6 @@ pub fn check_superblock(superblock: &SuperBlock, copy: usize) -> Vec<Fault> {
     let mut fault = |field: &str, reason: String| {
         faults.push(Fault { field: field.to_owned(), key: None, reason });
     };
-    if superblock.magic != SUPER_MAGIC && !superblock.checksum_matches() {
-        fault("magic", "this is no btrfs superblock".to_owned());
-        return faults;
-    }
     if !superblock.checksum_matches() {
         let (field, reason) = explain_checksum(superblock);
         fault(&field, reason);
@@ -159,6 +155,9 @@ fn explain_checksum(superblock: &SuperBlock) -> (String, String) {
             let byte = checked_from + bit / 8;
             let field = field_at(SuperBlock::FIELDS, byte).unwrap_or_default();
             (field, format!("{wrong}: bit {} of byte {byte} is flipped", bit % 8))
+        }
+        None if superblock.magic != SUPER_MAGIC => {
+            ("magic".to_owned(), "this is no btrfs superblock".to_owned())
         }
         None => ("superblock".to_owned(), format!("{wrong}: more than one bit differs")),
     }

@@ -81,6 +81,8 @@ pub(super) struct Trees {
     pub(super) roots: Vec<(TreeRoot, RootItem)>,
     /// Items of the root tree that are about subvolumes' places: key and body.
     pub(super) root_refs: Vec<(Key, Vec<u8>)>,
+    /// The directory in the root tree that names the default subvolume.
+    pub(super) root_directory: Vec<(Key, Vec<u8>)>,
     /// Entries of directories that are subvolumes: tree, directory, index, subvolume, name.
     pub(super) subvolume_entries: Vec<(u64, u64, u64, u64, Vec<u8>)>,
     pub(super) uuids: Vec<(Key, Vec<u8>)>,
@@ -115,10 +117,8 @@ pub(super) fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) -> Tre
 
 fn tree(filesystem: &Filesystem<'_>, root: TreeRoot, trees: &mut Trees, findings: &mut Findings) {
     trees.edges.push(Edge { child: root.bytenr, parent: None, owner: root.id });
-    let mut files = root.is_subvolume().then(|| SubvolumeCheck::new(filesystem, root.id));
-    if root.id == object::DATA_RELOC_TREE {
-        files = None;
-    }
+    let holds_files = root.is_subvolume() || root.id == object::DATA_RELOC_TREE;
+    let mut files = holds_files.then(|| SubvolumeCheck::new(filesystem, root.id));
     let mut walk = Walk::new(filesystem, root);
     let mut blocks = 0;
     while let Some(visited) = walk.next() {
@@ -216,6 +216,9 @@ fn gather(
         },
         (object::ROOT_TREE, item::ROOT_REF | item::ROOT_BACKREF) => {
             trees.root_refs.push((key, body.to_vec()))
+        }
+        (object::ROOT_TREE, _) if key.objectid == object::ROOT_TREE_DIR => {
+            trees.root_directory.push((key, body.to_vec()));
         }
         (object::UUID_TREE, item::UUID_SUBVOL | item::UUID_RECEIVED) => {
             trees.uuids.push((key, body.to_vec()))

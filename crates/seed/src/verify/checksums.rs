@@ -41,8 +41,8 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
         for (number, stored) in checksums.chunks_exact(4).enumerate() {
             let address = start + number as u64 * sector;
             match filesystem.read_logical(address, &mut buffer) {
-                Ok(()) if crc32c::crc32c(&buffer).to_le_bytes() == stored => {}
-                Ok(()) => findings.add(at(format!("data at {address} does not match its checksum"))),
+                Ok(_) if crc32c::crc32c(&buffer).to_le_bytes() == stored => {}
+                Ok(_) => findings.add(at(format!("data at {address} does not match its checksum"))),
                 Err(reason) => findings.add(at(format!("data at {address}: {reason}"))),
             }
         }

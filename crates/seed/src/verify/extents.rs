@@ -128,7 +128,7 @@ fn parse_extent_item(
 ) -> Result<(), String> {
     let (head, mut rest) = ExtentItem::read_from_prefix(body).map_err(|_| format!("{} bytes", body.len()))?;
     let flags = head.flags.get();
-    let is_tree = match flags & (flag::EXTENT_DATA | flag::EXTENT_TREE_BLOCK) {
+    let is_tree = match flags & !flag::EXTENT_FULL_BACKREF {
         flag::EXTENT_TREE_BLOCK => true,
         flag::EXTENT_DATA if key.kind == item::EXTENT => false,
         _ => return Err(format!("flags are {flags:#x}")),

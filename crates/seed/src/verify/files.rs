@@ -16,6 +16,8 @@ use super::names::{Name, entries, inode_extrefs, inode_refs, name_hash};
 /// The object that orphan items belong to.
 const ORPHAN_OBJECT: u64 = 5u64.wrapping_neg();
 const NANOSECONDS: u32 = 1_000_000_000;
+/// The most that an inline extent can hold, in bytes: compressed data becomes at most this much.
+const INLINE_MAX: u64 = 128 << 10;
 
 /// What has been seen of the inode at hand.
 #[derive(Default)]
@@ -115,7 +117,7 @@ impl SubvolumeCheck {
         let inode = InodeItem::read_from_bytes(body).map_err(|_| format!("{} bytes", body.len()))?;
         for (field, value) in [("generation", inode.generation), ("transaction", inode.transaction)] {
             // The kernel writes ahead of the superblock by one.
-            if value.get() > self.generation + 1 {
+            if value.get() > self.generation.saturating_add(1) {
                 let reason = format!("is {value}, above the superblock's {}", self.generation);
                 findings.add(Finding { reason, ..self.at(key, field) });
             }
@@ -204,17 +206,22 @@ impl SubvolumeCheck {
     fn extent(&mut self, key: Key, body: &[u8]) -> Result<(), String> {
         let (head, rest) =
             FileExtentHead::read_from_prefix(body).map_err(|_| format!("{} bytes", body.len()))?;
-        if head.generation.get() > self.generation + 1 {
+        if head.generation.get() > self.generation.saturating_add(1) {
             return Err(format!("generation is {}, above the superblock's", head.generation));
         }
         if head.encryption != 0 || head.other_encoding.get() != 0 || head.compression > 3 || head.kind > 2 {
             return Err("compression, encryption, encoding or type is unknown".to_owned());
         }
         let inode = &mut self.inode;
+        // The kernel never compresses what has no checksums.
+        let no_checksums = inode.item.is_some_and(|item| item.flags.get() & flag::INODE_NODATASUM != 0);
+        if head.compression != 0 && no_checksums {
+            return Err("is compressed, but the inode has no checksums".to_owned());
+        }
         inode.extents += 1;
         if head.kind == 0 {
             let length = if head.compression == 0 { rest.len() as u64 } else { head.ram_bytes.get() };
-            if key.offset != 0 || length != head.ram_bytes.get() {
+            if key.offset != 0 || length != head.ram_bytes.get() || length > INLINE_MAX {
                 return Err(format!(
                     "{} inline bytes at {}; ram_bytes is {}",
                     rest.len(),

@@ -66,8 +66,11 @@ pub(super) fn inode_refs(mut body: &[u8]) -> Result<Vec<(u64, &[u8])>, String> {
     if refs.is_empty() { Err("there is no reference".to_owned()) } else { Ok(refs) }
 }
 
-/// Takes an `INODE_EXTREF` apart: directory, index and name.
-pub(super) fn inode_extrefs(mut body: &[u8]) -> Result<Vec<(u64, u64, &[u8])>, String> {
+/// Directory, index and name.
+pub(super) type Extref<'a> = (u64, u64, &'a [u8]);
+
+/// Takes an `INODE_EXTREF` apart.
+pub(super) fn inode_extrefs(mut body: &[u8]) -> Result<Vec<Extref<'_>>, String> {
     let mut refs = Vec::new();
     while !body.is_empty() {
         let (head, rest) =

@@ -20,25 +20,25 @@ pub(super) fn check(trees: &Trees, findings: &mut Findings) {
     for (key, body) in &trees.quota {
         let parsed = match key.kind {
             item::QGROUP_STATUS => {
-                QgroupStatus::read_from_prefix(body).map(|(item, _)| status = Some((*key, item))).ok()
+                // Without enable_generation it is shorter: full quotas, of which nothing is verified.
+                status = status.or(QgroupStatus::read_from_prefix(body).ok().map(|(item, _)| (*key, item)));
+                body.len() + size_of::<u64>() >= size_of::<QgroupStatus>()
             }
             item::QGROUP_INFO => {
-                QgroupInfo::read_from_bytes(body).map(|item| drop(infos.insert(key.offset, item))).ok()
+                let item = QgroupInfo::read_from_bytes(body);
+                item.map(|item| infos.insert(key.offset, item)).is_ok()
             }
             item::QGROUP_LIMIT => {
-                QgroupLimit::read_from_bytes(body).map(|item| drop(limits.insert(key.offset, item))).ok()
+                let item = QgroupLimit::read_from_bytes(body);
+                item.map(|item| limits.insert(key.offset, item)).is_ok()
             }
-            item::QGROUP_RELATION => Some(()),
-            _ => None,
+            kind => kind == item::QGROUP_RELATION,
         };
-        if parsed.is_none() {
+        if !parsed {
             findings.add(Finding { reason: format!("{} bytes", body.len()), ..at(*key, "item") });
         }
     }
-    let Some((key, status)) = status else {
-        // An old status without enable_generation is shorter: full quotas, of which nothing is verified.
-        return;
-    };
+    let Some((key, status)) = status else { return };
     findings.expect_same(at(key, "status.version"), status.version.get(), 1);
     for (group, _) in infos.iter().filter(|(group, _)| !limits.contains_key(group)) {
         let key = Key::new(0, item::QGROUP_LIMIT, *group);
@@ -59,7 +59,8 @@ fn sums(trees: &Trees, enabled: u64, infos: &HashMap<u64, QgroupInfo>, findings:
             false => extent.owner,
         };
         if let Some(owner) = owner {
-            *charged.entry(owner).or_default() += extent.length;
+            let sum = charged.entry(owner).or_default();
+            *sum = sum.saturating_add(extent.length);
         }
     }
     for (root, _) in trees.roots.iter().filter(|(root, _)| root.is_subvolume()) {

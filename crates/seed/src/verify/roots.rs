@@ -3,11 +3,13 @@
 
 use zerocopy::FromBytes;
 
-use crate::disk::{Key, RootRef, item, object};
+use crate::disk::{InodeItem, Key, RootRef, entry, item, object};
+use crate::hash;
 use crate::reader::Filesystem;
 
 use super::blocks::Trees;
 use super::finding::{Finding, Findings, Only, differences};
+use super::names::{entries, inode_refs};
 
 /// Trees that a file system must have.
 const NEEDED: [u64; 6] = [
@@ -40,8 +42,10 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
             findings.add(Finding { reason, ..at(root.id, "refs") });
         }
         let has_directory = root.is_subvolume() || root.id == object::DATA_RELOC_TREE;
-        if has_directory {
-            findings.expect_same(at(root.id, "root_dirid"), item.root_dirid.get(), object::FIRST_FREE);
+        let directory = if has_directory { object::FIRST_FREE } else { 0 };
+        findings.expect_same(at(root.id, "root_dirid"), item.root_dirid.get(), directory);
+        if !root.is_subvolume() && item.uuid != [0; 16] {
+            findings.add(Finding { reason: "only subvolumes have one".to_owned(), ..at(root.id, "uuid") });
         }
         let used = trees.tree_blocks.get(&root.id).copied().unwrap_or(0) * u64::from(filesystem.node_size());
         findings.expect_same(at(root.id, "bytes_used"), item.bytes_used.get(), used);
@@ -49,8 +53,41 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
             findings.expect_same(at(root.id, "level"), root.level.into(), block.level.into());
         }
     }
+    default_subvolume(trees, findings);
     subvolumes(trees, findings);
     uuids(filesystem, trees, findings);
+}
+
+/// The root tree's own directory has one entry, "default", that leads to a subvolume.
+fn default_subvolume(trees: &Trees, findings: &mut Findings) {
+    let mut default = None;
+    for (key, body) in &trees.root_directory {
+        let right = match key.kind {
+            item::INODE => InodeItem::read_from_bytes(body)
+                .is_ok_and(|inode| inode.nlink.get() == 1 && inode.mode.get() & 0o170_000 == 0o040_000),
+            item::INODE_REF => inode_refs(body).is_ok_and(|refs| refs == [(0, &b".."[..])]),
+            item::DIR_ITEM => {
+                let entries = entries(body).unwrap_or_default();
+                entries.iter().all(|entry| {
+                    let location = entry.location();
+                    if entry.name == b"default" && location.kind == item::ROOT {
+                        default = Some(location.objectid);
+                    }
+                    let sound = entry.head.kind == entry::DIRECTORY && location.offset == u64::MAX;
+                    sound && hash::name(entry.name) == key.offset && entry.data.is_empty()
+                })
+            }
+            _ => true,
+        };
+        if !right {
+            let reason = "is not as it should be in the directory of the root tree";
+            findings.add(Finding::new("item", reason).tree(object::ROOT_TREE).key(*key));
+        }
+    }
+    let is_there = |id| trees.roots.iter().any(|(root, _)| root.id == id && root.is_subvolume());
+    if !default.is_some_and(is_there) {
+        findings.add(Finding::new("default subvolume", "there is none").tree(object::ROOT_TREE));
+    }
 }
 
 /// Parent, directory, index, subvolume, name.

@@ -102,7 +102,7 @@ fn device_extents(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut Fin
         findings.expect_same(at("chunk_tree"), item.chunk_tree.get(), object::CHUNK_TREE);
         findings.expect_same(at("chunk_objectid"), item.chunk_objectid.get(), object::FIRST_FREE);
         // The kernel leaves this zero in the extents that it makes.
-        let uuid = filesystem.uuids().chunk_tree;
+        let uuid = filesystem.chunk_tree_uuid();
         if item.chunk_tree_uuid != [0; 16] && uuid.is_some_and(|uuid| uuid != item.chunk_tree_uuid) {
             findings
                 .add(Finding { reason: "is not the chunk tree's UUID".to_owned(), ..at("chunk_tree_uuid") });
@@ -160,7 +160,7 @@ fn block_groups(trees: &Trees, findings: &mut Findings) -> u64 {
         let end = extent.bytenr + extent.length;
         match within.filter(|(group, _)| end <= group.start.saturating_add(group.length)) {
             Some((group, used)) => {
-                *used += extent.length;
+                *used = used.saturating_add(extent.length);
                 check_kind(extent, group, trees, findings);
             }
             None => {
