@@ -84,8 +84,7 @@ impl CachedDevice {
         if repair {
             count(&self.content.shared.counters.bad_blocks, 1);
             tracing::error!(content = self.content.name(), chunk, "a cached chunk is damaged: dropped");
-            store.drop_run(chunk, 1);
-            self.content.shared.room.release(store.shape().bytes_of(chunk));
+            self.content.shared.room.release(store.drop_run(chunk, 1));
         }
         drop(flight);
         Ok(Some((false, repair)))

@@ -134,17 +134,84 @@ impl Room {
             let wanted = self.bytes().saturating_sub(keep).div_ceil(store.shape().chunk_bytes());
             let end = (first + wanted.min(DROP_RUN)).min(store.shape().chunks());
             let count_of = (first..end).take_while(|chunk| goes(*chunk)).count() as u64;
-            *hand = first + count_of.max(1);
+            // The chunk that ended the run has had its look.
+            *hand = end.min(first + count_of + 1);
             if count_of == 0 {
                 continue;
             }
-            store.drop_run(first, count_of);
+            let bytes = store.drop_run(first, count_of);
             drop(flights);
-            let bytes = (first..first + count_of).map(|chunk| store.shape().bytes_of(chunk)).sum();
             self.release(bytes);
             count(&counters.evicted_chunks, count_of);
             dropped += bytes;
         }
         dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::flight::Flight;
+    use super::super::layout::Shape;
+    use super::super::store::Store;
+    use super::*;
+
+    const CHUNK: u64 = 8192;
+
+    fn room_with(directory: &std::path::Path, chunks: u64) -> (Room, Arc<Shelf>) {
+        let shape = Shape::new(chunks * CHUNK, CHUNK as u32).unwrap();
+        let shelf = Arc::new(Shelf::new(Store::create(directory, "k", shape).unwrap()));
+        let room = Room::new(u64::MAX);
+        for chunk in 0..chunks {
+            shelf.store.fill(chunk, &[chunk as u8; CHUNK as usize]).unwrap();
+            room.add(CHUNK);
+        }
+        room.shelves.write().unwrap().push(shelf.clone());
+        (room, shelf)
+    }
+
+    fn left(shelf: &Shelf) -> Vec<u64> {
+        (0..shelf.store.shape().chunks()).filter(|chunk| shelf.store.is_present(*chunk)).collect()
+    }
+
+    #[test]
+    fn what_is_pinned_or_in_flight_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (room, shelf) = room_with(dir.path(), 10);
+        shelf.store.set_pinned(7, 1, true).unwrap();
+        let flight = Flight::start(&shelf, &mut shelf.flights(), 3, true);
+        assert_eq!(room.evict(0, &Counters::default()), 8 * CHUNK);
+        assert_eq!((left(&shelf), room.bytes()), (vec![3, 7], 2 * CHUNK));
+        drop(flight);
+        assert_eq!(room.evict(0, &Counters::default()), CHUNK);
+        assert_eq!(left(&shelf), [7]);
+    }
+
+    #[test]
+    fn what_was_read_gets_a_second_chance_and_no_third() {
+        let dir = tempfile::tempdir().unwrap();
+        let (room, shelf) = room_with(dir.path(), 10);
+        let mut buffer = [0; CHUNK as usize];
+        for chunk in [2, 5] {
+            shelf.store.read(chunk * CHUNK, &mut buffer).unwrap();
+        }
+        room.evict(2 * CHUNK, &Counters::default());
+        assert_eq!(left(&shelf), [2, 5]);
+        room.evict(0, &Counters::default());
+        assert_eq!((left(&shelf), room.bytes()), (vec![], 0));
+    }
+
+    #[test]
+    fn whole_streams_go_last() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (room, stream) = room_with(a.path(), 4);
+        stream.whole_stream.store(true, Ordering::Relaxed);
+        let (_, other) = room_with(b.path(), 4);
+        room.shelves.write().unwrap().push(other.clone());
+        room.add(4 * CHUNK);
+        room.evict(5 * CHUNK, &Counters::default());
+        assert_eq!((left(&stream).len(), left(&other).len()), (4, 1));
+        room.evict(CHUNK, &Counters::default());
+        assert_eq!((left(&stream).len(), left(&other).len()), (1, 0));
     }
 }

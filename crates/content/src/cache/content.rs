@@ -185,15 +185,11 @@ impl Content {
         Ok(pieces)
     }
 
-    /// Widens misses of small chunks and adds what the reader will probably want next.
+    /// Adds what the reader will probably want next.
     fn extend(&self, runs: &mut Runs<'_>, flights: &mut Flights, first: u64, last: u64) {
-        let shape = self.shape();
-        let group = (self.shared.options.read_ahead.demand_bytes / shape.chunk_bytes()).max(1);
         let ahead = lock(&self.streams).asked(first, last);
-        let widened = if runs.runs.is_empty() { last } else { (last / group + 1) * group - 1 };
-        let end = ahead.end.max(widened + 1).min(shape.chunks());
-        let from = if ahead.is_empty() { last + 1 } else { ahead.start.min(widened + 1) };
-        for chunk in (from..end).take(RUN_CHUNKS_MAX as usize) {
+        let end = ahead.end.min(self.shape().chunks());
+        for chunk in (ahead.start..end).take(RUN_CHUNKS_MAX as usize) {
             if !flights.contains_key(&chunk) && !self.shelf.store.is_present(chunk) {
                 runs.add(flights, chunk, false, false);
             }

@@ -61,19 +61,17 @@ impl Content {
             kind: ErrorKind::Io,
             what: format!("{}: the source sent fewer chunks than it was asked for", self.name()),
         });
-        for flight in run.flights.into_iter().flatten() {
+        let missing: Vec<Flight> = run.flights.into_iter().flatten().collect();
+        if let Some(first) = missing.first() {
+            tracing::warn!(content = self.name(), first = first.chunk(), chunks = missing.len(), %error, "fetch failed");
+        }
+        for flight in missing {
             self.refuse(flight, error.clone());
         }
     }
 
     fn refuse(&self, flight: Flight, error: Error) {
         self.shared.counters.error(error.kind());
-        match error.kind() {
-            ErrorKind::Changed | ErrorKind::Corrupt => {
-                tracing::error!(content = self.name(), chunk = flight.chunk(), %error, "refused what the source sent");
-            }
-            _ => tracing::warn!(content = self.name(), chunk = flight.chunk(), %error, "fetch failed"),
-        }
         self.failed(flight.chunk(), &error);
         flight.fail(error);
     }
@@ -102,8 +100,7 @@ impl Content {
                     file = %store.directory().join("data").display(),
                     "a cached chunk is damaged: dropped, to be fetched again"
                 );
-                store.drop_run(chunk, 1);
-                self.shared.room.release(size);
+                self.shared.room.release(store.drop_run(chunk, 1));
             }
             run
         });
@@ -196,7 +193,10 @@ impl Content {
         let mut right = 0;
         for Arrival { flight, bytes, verdict, .. } in arrivals {
             match verdict {
-                Verdict::Wrong(error) => self.refuse(flight, error),
+                Verdict::Wrong(error) => {
+                    tracing::error!(content = self.name(), chunk = flight.chunk(), %error, "refused a chunk");
+                    self.refuse(flight, error);
+                }
                 Verdict::Right | Verdict::FirstSeen => {
                     flight.land(Ok(bytes.clone()));
                     right += 1;

@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
-/// How much to fetch beyond what is asked for. The defaults are for a link of 20 ms and 100 Mbit/s, where 256 KiB cost as
-/// much as a round trip; the kernel's own read-ahead comes on top.
+/// How much to fetch beyond what is asked for. Chunks are served one by one as they arrive, so what is fetched beyond costs
+/// bandwidth, but the reader no time. The defaults are for a link of 20 ms and 100 Mbit/s, where 256 KiB cost as much as a
+/// round trip; the kernel's own read-ahead (128 KiB for btrfs files, and more) has been added before a read comes here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadAhead {
-    /// Misses are widened to runs that begin and end at multiples of this many bytes.
+    /// A miss fetches at least this many bytes from the missing chunk on, whoever reads.
     pub demand_bytes: u64,
     /// What the second sequential miss fetches ahead; doubled with each further one.
     pub first_window_bytes: u64,
@@ -20,10 +21,10 @@ pub struct ReadAhead {
 impl Default for ReadAhead {
     fn default() -> ReadAhead {
         ReadAhead {
-            demand_bytes: 64 << 10,
-            first_window_bytes: 128 << 10,
+            demand_bytes: 128 << 10,
+            first_window_bytes: 256 << 10,
             window_bytes_max: 1 << 20,
-            streams: 8,
+            streams: 16,
         }
     }
 }
@@ -54,21 +55,19 @@ impl Streams {
     }
 
     /// Chunks `first..=last` were asked for and are not there yet (or only just on the way). Gives the chunks behind them
-    /// that should be on the way too; empty where the reader is not sequential.
+    /// that should be on the way too.
     pub(crate) fn asked(&mut self, first: u64, last: u64) -> Range<u64> {
-        let none = last + 1..last + 1;
-        if self.policy.window_bytes_max < self.chunk_bytes || self.policy.streams == 0 {
-            return none;
-        }
         self.clock += 1;
-        let window_max = self.policy.window_bytes_max / self.chunk_bytes;
-        let window_first = (self.policy.first_window_bytes / self.chunk_bytes).clamp(1, window_max);
+        let chunks = |bytes: u64| bytes / self.chunk_bytes;
+        let window_max = chunks(self.policy.window_bytes_max);
+        let window_first = chunks(self.policy.first_window_bytes).max(1).min(window_max);
+        let widened = (last + 1).max(first + chunks(self.policy.demand_bytes));
         // A reader may come back to the chunk that it read last, or leap forward inside what is on the way.
-        let near = |stream: &&mut Stream| first + 1 >= stream.next && first <= stream.ahead.max(stream.next);
+        let near = |stream: &&mut Stream| first + 1 >= stream.next && first <= stream.ahead;
         if let Some(stream) = self.streams.iter_mut().find(near) {
             stream.used = self.clock;
             if last < stream.next {
-                return none;
+                return last + 1..last + 1;
             }
             stream.window = match stream.window {
                 0 => window_first,
@@ -77,18 +76,17 @@ impl Streams {
                 window => (window * 2).min(window_max),
             };
             stream.next = last + 1;
-            let ahead = stream.next + stream.window;
             let from = stream.ahead.max(stream.next);
-            stream.ahead = ahead.max(from);
+            stream.ahead = from.max(widened).max(stream.next + stream.window);
             return from..stream.ahead;
         }
-        let stream = Stream { next: last + 1, ahead: last + 1, window: 0, used: self.clock };
+        let stream = Stream { next: last + 1, ahead: widened, window: 0, used: self.clock };
         if self.streams.len() < self.policy.streams {
             self.streams.push(stream);
         } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.used) {
             *oldest = stream;
         }
-        none
+        last + 1..widened
     }
 }
 
@@ -97,8 +95,12 @@ mod tests {
     use super::*;
 
     fn streams() -> Streams {
-        let policy =
-            ReadAhead { first_window_bytes: 2 << 16, window_bytes_max: 8 << 16, ..ReadAhead::default() };
+        let policy = ReadAhead {
+            demand_bytes: 1 << 16,
+            first_window_bytes: 2 << 16,
+            window_bytes_max: 8 << 16,
+            streams: 8,
+        };
         Streams::new(policy, 1 << 16)
     }
 
@@ -138,7 +140,18 @@ mod tests {
 
     #[test]
     fn no_window_no_read_ahead() {
-        let mut streams = Streams::new(ReadAhead { window_bytes_max: 0, ..ReadAhead::default() }, 1 << 16);
+        let policy = ReadAhead { window_bytes_max: 0, demand_bytes: 0, ..ReadAhead::default() };
+        let mut streams = Streams::new(policy, 1 << 16);
         assert!((0..10).all(|at| streams.asked(at, at).is_empty()));
+    }
+
+    #[test]
+    fn a_lone_miss_is_widened_and_its_reader_is_known_again() {
+        let policy = ReadAhead { demand_bytes: 4 << 16, first_window_bytes: 2 << 16, ..ReadAhead::default() };
+        let mut streams = Streams::new(policy, 1 << 16);
+        assert_eq!(streams.asked(10, 11), 12..14);
+        assert!(streams.asked(100, 110).is_empty());
+        assert_eq!(streams.asked(14, 14), 15..18);
+        assert_eq!(streams.asked(18, 18), 19..23);
     }
 }

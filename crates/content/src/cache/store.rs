@@ -351,14 +351,16 @@ impl Store {
         stored
     }
 
-    /// Forgets present chunks and gives their room back. Who calls keeps flights of these chunks from starting, or
-    /// holds them. Readers that are at it find that the sums do not match. Blocks.
-    pub(crate) fn drop_run(&self, first: u64, count: u64) {
+    /// Forgets chunks, gives their room back, and says how many bytes were present. Who calls keeps flights of these
+    /// chunks from starting, or holds them. Readers that are at it find that the sums do not match. Blocks.
+    pub(crate) fn drop_run(&self, first: u64, count: u64) -> u64 {
+        let mut bytes = 0;
         let mut states = Vec::with_capacity(count as usize);
         for chunk in first..first + count {
             let old =
                 self.change_state(chunk, |state| state.fetch_and(!(PRESENT | ACCESSED), Ordering::AcqRel));
             states.push(old & ON_DISK & !PRESENT);
+            bytes += if old & PRESENT != 0 { self.shape.bytes_of(chunk) } else { 0 };
         }
         let start = self.shape.start(first);
         let end = self.shape.length.min(self.shape.start(first + count));
@@ -372,6 +374,7 @@ impl Store {
         if let Err(error) = dropped {
             tracing::warn!(content = self.key, %error, "room of dropped chunks was not given back");
         }
+        bytes
     }
 
     /// Sets or clears the pinned bit of a run and makes that durable. Blocks.
