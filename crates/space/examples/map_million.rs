@@ -5,9 +5,11 @@
 
 use std::error::Error;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use loam_space::{Address, Allocation, BLOCK, Map};
+use loam_block::{BlockDevice, Io, NullDevice};
+use loam_space::{Address, AddressSpace, Allocation, BLOCK, ContentId, Map, Resolver, Unmapped};
 
 const RANGES: u64 = 1_000_000;
 const LOOKUPS: u64 = 2_000_000;
@@ -62,12 +64,44 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     println!("  (one random read of memory as large as the table: {} ns)", memory_latency());
 
+    let space = AddressSpace::new(Arc::new(map), Arc::new(Nothing), Unmapped::Error);
+    println!("read of 4 KiB of a content that costs nothing: {} ns", hit_time(&space, mapped)?);
+
+    let map = space.map();
     let began = Instant::now();
     for _ in 0..20 {
         map.allocate(content, BLOCK, BLOCK)?;
     }
     println!("allocate, durably: {:?}", began.elapsed() / 20);
     Ok(())
+}
+
+/// Contents that are all zero and cost nothing to read.
+struct Nothing;
+
+impl Resolver for Nothing {
+    fn resolve<'a>(&'a self, _content: ContentId, _spec: &'a [u8]) -> Io<'a, Arc<dyn BlockDevice>> {
+        Io::Ready(Ok(Arc::new(NullDevice::new(1 << 40))))
+    }
+}
+
+/// Processor time of a hit: map, slot, and the call, over random addresses that may straddle ranges.
+fn hit_time(space: &AddressSpace, mapped: u64) -> Result<u64, Box<dyn Error>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let mut buffer = [0; BLOCK as usize];
+    runtime.block_on(space.read(0, &mut buffer))?;
+    let mut state = 1u64;
+    let began = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    for _ in 0..LOOKUPS {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let offset = (state >> 16) % (mapped / BLOCK) * BLOCK;
+        match space.read(offset, &mut buffer) {
+            Io::Ready(result) => result?,
+            Io::Pending(_) => return Err("a hit must be ready".into()),
+        }
+    }
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime) - began;
+    Ok((spent.tv_sec as u64 * 1_000_000_000 + spent.tv_nsec as u64) / LOOKUPS)
 }
 
 /// What the machine takes for one read of a random word in 32 MiB, each depending on the one before: the floor under a
