@@ -34,19 +34,23 @@ impl Owner {
     }
 }
 
+/// Set-user-ID, set-group-ID and sticky: not every filesystem takes them at creation.
+const SPECIAL_BITS: u16 = 0o7000;
+
 /// Makes inodes of a target.
 pub(super) struct Creator<'a> {
     pub(super) target: &'a Target<'a>,
     pub(super) owner: Option<Owner>,
+    /// Permission bits that the kernel takes away at creation.
+    pub(super) umask: u16,
 }
 
 pub(super) fn os(bytes: &[u8]) -> &OsStr {
     OsStr::from_bytes(bytes)
 }
 
-fn failed(step: &str) -> impl Fn(Errno) -> Failure {
-    let step = step.to_owned();
-    move |error| (step.clone(), error)
+fn failed(step: &'static str) -> impl Fn(Errno) -> Failure {
+    move |error| (step.to_owned(), error)
 }
 
 impl Creator<'_> {
@@ -123,8 +127,11 @@ impl Creator<'_> {
     /// Owner before mode, because a change of owner takes set-ID bits away; attributes after both, because it takes
     /// capabilities away too; times last.
     fn finish_file(&self, fd: &OwnedFd, metadata: &Metadata) -> Result<(), Failure> {
-        self.chown(metadata, |uid, gid| fs::fchown(fd, uid, gid))?;
-        fs::fchmod(fd, mode(metadata)).map_err(failed("set the mode"))?;
+        let chowned = self.chown(metadata, |uid, gid| fs::fchown(fd, uid, gid))?;
+        let is_as_created = metadata.mode & (self.umask | SPECIAL_BITS) == 0;
+        if chowned || !is_as_created {
+            fs::fchmod(fd, mode(metadata)).map_err(failed("set the mode"))?;
+        }
         for xattr in metadata.xattrs.iter() {
             fs::fsetxattr(fd, os(&xattr.name), &xattr.value, XattrFlags::empty())
                 .map_err(xattr_failed(xattr))?;
@@ -144,16 +151,17 @@ impl Creator<'_> {
         fs::futimens(fd, &times(metadata)).map_err(failed("set the times"))
     }
 
+    /// Changes the owner where it is another; says whether it did.
     fn chown(
         &self,
         metadata: &Metadata,
         change: impl FnOnce(Option<Uid>, Option<Gid>) -> Result<(), Errno>,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         if self.owner == Some(Owner { uid: metadata.uid, gid: metadata.gid }) {
-            return Ok(());
+            return Ok(false);
         }
         let (uid, gid) = ids(metadata);
-        change(uid, gid).map_err(failed("set the owner"))
+        change(uid, gid).map(|()| true).map_err(failed("set the owner"))
     }
 
     fn symlink(

@@ -73,8 +73,7 @@ pub struct Created {
 /// [`Error::Os`] with the path and the step; [`Error::Index`]; [`Error::Cancelled`].
 pub fn create(index: &Index, target: &Target<'_>, control: &Control) -> Result<Created> {
     let link_targets = link_targets(index)?;
-    let owner = Owner::of_new_files(target)?;
-    let creator = Creator { target, owner };
+    let creator = Creator { target, owner: Owner::of_new_files(target)?, umask: umask(target)? };
     let root = open_beneath(target.root, b"", OFlags::RDONLY | OFlags::DIRECTORY)
         .map_err(|error| Error::os("open", target.path, error))?;
     let mut walk = Walk { creator, stack: Stack::new(root), link_targets, created: Created::default() };
@@ -206,6 +205,16 @@ impl Walk<'_> {
             })
             .map_err(|error| self.error(&step(), &entry.name, error))
     }
+}
+
+/// The permission bits that the kernel takes from what this process creates. Setting the mask, which is the only call
+/// that gives it, would be seen by other threads.
+fn umask(target: &Target<'_>) -> Result<u16> {
+    let failed = |error: std::io::Error| Error::os("read the umask for", target.path, error);
+    let status = std::fs::read_to_string("/proc/thread-self/status").map_err(failed)?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    let mask = mask.and_then(|mask| u16::from_str_radix(mask.trim(), 8).ok());
+    mask.ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))
 }
 
 /// Whether a mode says that what is created inside gets the directory's group.
