@@ -6,12 +6,13 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use loam_seed::{
-    Attributes, FileTree, Layout, MemoryTree, NodeKind, OwnedKind, Report, Run, SeedOptions, Subvolume,
-    Timestamp, VIRTUAL_BASE, inline_max, verify, write,
+    Attributes, FileTree, Layout, MemoryTree, NodeKind, OwnedKind, Record, Report, Run, SeedOptions,
+    Subvolume, Timestamp, TreeFilter, VIRTUAL_BASE, Value, inline_max, inspect, verify, write,
 };
 
 const SECTOR: u64 = 4096;
@@ -35,13 +36,49 @@ fn must(command: &mut Command) -> String {
     text
 }
 
-/// `btrfs` that knows simple quotas (6.7 and later): `LOAM_BTRFS`, or the one in PATH.
-fn btrfs() -> PathBuf {
-    std::env::var_os("LOAM_BTRFS").map_or_else(|| "btrfs".into(), PathBuf::from)
+/// `btrfs` that knows simple quotas (6.7 and later): `LOAM_BTRFS`, or the one in PATH, or else the one from Debian's
+/// backports, unpacked where cargo keeps tests' files.
+fn btrfs() -> &'static Path {
+    static BTRFS: OnceLock<PathBuf> = OnceLock::new();
+    BTRFS.get_or_init(|| {
+        let chosen = std::env::var_os("LOAM_BTRFS").map_or_else(|| "btrfs".into(), PathBuf::from);
+        if knows_simple_quota(&chosen) {
+            return chosen;
+        }
+        let unpacked = Path::new(env!("CARGO_TARGET_TMPDIR")).join("btrfs-progs");
+        if !unpacked.exists() {
+            let own = format!("{}.{}", unpacked.display(), std::process::id());
+            must(Command::new("bash").args(["-euc", BACKPORT, "bash", &own]));
+            // Whoever is first wins; the others' copies are as good.
+            if fs::rename(format!("{own}/root"), &unpacked).is_err() {
+                assert!(unpacked.exists());
+            }
+            fs::remove_dir_all(own).expect("clean up");
+        }
+        let chosen = ["bin/btrfs", "usr/bin/btrfs"].map(|path| unpacked.join(path));
+        let chosen = chosen.into_iter().find(|path| path.exists()).expect("btrfs in the package");
+        assert!(knows_simple_quota(&chosen), "set LOAM_BTRFS to btrfs-progs 6.7 or later");
+        chosen
+    })
 }
 
-fn btrfs_knows_simple_quota() -> bool {
-    let text = must(Command::new(btrfs()).arg("--version"));
+/// Takes btrfs-progs from the backports suite of the machine's own mirror by way of a private apt root, `$1`.
+const BACKPORT: &str = r#"
+mkdir -p "$1/lists/partial" "$1/cache/archives/partial" "$1/etc"
+uri=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -oE 'https?://[^ ]*/debian/? *$' | head -1)
+. /etc/os-release
+printf 'Types: deb\nURIs: %s\nSuites: %s-backports\nComponents: main\nSigned-By: %s\n' "$uri" "$VERSION_CODENAME" \
+    /usr/share/keyrings/debian-archive-keyring.gpg > "$1/etc/backports.sources"
+options="-o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts=$1/etc -o Dir::State::Lists=$1/lists"
+options="$options -o Dir::Cache=$1/cache -o APT::Sandbox::User=root"
+apt-get $options update
+cd "$1"
+apt-get $options download -t "$VERSION_CODENAME-backports" btrfs-progs
+dpkg -x btrfs-progs_*.deb root
+"#;
+
+fn knows_simple_quota(btrfs: &Path) -> bool {
+    let text = must(Command::new(btrfs).arg("--version"));
     let version = text.split_whitespace().find_map(|word| word.strip_prefix('v')).expect("btrfs-progs vX.Y");
     let mut parts = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (6, 7)
@@ -380,7 +417,10 @@ fn pairs_pass_check_and_mount_with_everything_in_place() {
             Subvolume { name: "empty", tree: &empty, readonly: false },
             Subvolume { name: "writable", tree: &tree, readonly: false },
         ];
-        let seed = Seed::make(SeedOptions { virtual_size, node_size, ..options() }, &subvolumes);
+        // A local device that is long enough for the third superblock has it.
+        let local_size = if virtual_size == 4 << 60 { 300 << 30 } else { 1 << 30 };
+        let options = SeedOptions { virtual_size, node_size, local_size, ..options() };
+        let seed = Seed::make(options, &subvolumes);
         seed.fill(0, FILLED);
         let devices = seed.attach();
         seed.check(&devices);
@@ -429,10 +469,6 @@ fn every_node_size_is_fine_with_and_without_quota() {
             };
             let seed = Seed::make(options, &[subvolume]);
             let devices = seed.attach();
-            assert!(
-                !simple_quota || btrfs_knows_simple_quota(),
-                "set LOAM_BTRFS to btrfs-progs 6.7 or later"
-            );
             seed.check(&devices);
             {
                 let mount = seed.mount_pair(&devices, "");
@@ -483,7 +519,6 @@ fn simple_quotas_charge_writes_and_never_virtual_data() {
         must(Command::new("btrfs").args(["subvolume", "delete", "-c"]).arg(&image));
         must(Command::new("btrfs").args(["subvolume", "sync"]).arg(&mount.0));
     }
-    assert!(btrfs_knows_simple_quota(), "set LOAM_BTRFS to btrfs-progs 6.7 or later");
     seed.check(&devices);
 }
 
@@ -529,4 +564,35 @@ fn a_mega_extent_mounts_up_to_the_kernels_limit_and_says_why_not_beyond() {
         assert_eq!(output.status.success(), fine, "{}", String::from_utf8_lossy(&output.stderr));
         let _mount = output.status.success().then(|| Mount(point));
     }
+}
+
+/// The reader sees the items that `dump-tree` sees.
+#[test]
+fn inspection_shows_the_items_that_dump_tree_shows() {
+    let tree = everything(300 * TIB, 4096);
+    let subvolume = Subvolume { name: "image", tree: &tree, readonly: false };
+    let options = SeedOptions { virtual_size: 300 * TIB, node_size: 4096, simple_quota: true, ..options() };
+    let seed = Seed::make(options, &[subvolume]);
+    let devices = seed.attach();
+    must(Command::new(btrfs()).args(["device", "scan"]).arg(&devices.0.0));
+    let text = must(Command::new(btrfs()).args(["inspect-internal", "dump-tree"]).arg(&devices.1.0));
+    let theirs: Vec<&str> = text.lines().filter(|line| line.trim_start().starts_with("item ")).collect();
+    let leaves = text.lines().filter(|line| line.starts_with("leaf ") && line.contains(" items ")).count();
+    let local = File::open(seed.local_path()).expect("image");
+    let (mut items, mut blocks) = (0, 0);
+    inspect(&[("local", &local)], TreeFilter::All, &mut |record| {
+        match record {
+            Record::Item { .. } => items += 1,
+            Record::Block { fields, .. } => {
+                let level = fields.iter().find(|field| field.name == "level").expect("a level");
+                blocks += usize::from(level.value == Value::Integer(0));
+            }
+            Record::Fault { .. } => panic!("{record}"),
+            _ => {}
+        }
+        Ok(())
+    })
+    .expect("readable");
+    assert_eq!((items, blocks), (theirs.len(), leaves));
+    assert!(items > 5000, "{items}");
 }
