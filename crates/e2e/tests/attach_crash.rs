@@ -53,6 +53,7 @@ fn holder_process() {
 #[ignore = "a process that the tests below start"]
 fn worker_process() {
     let directory = directory();
+    println!("born {}", std::process::id());
     let store = FdStore::from_environment().unwrap();
     let runtime = runtime();
     let device: Arc<dyn BlockDevice> = Arc::new(TestDevice {
@@ -72,7 +73,7 @@ fn worker_process() {
     std::fs::write(directory.join("state.new"), serde_json::to_vec(attachment.state()).unwrap()).unwrap();
     std::fs::rename(directory.join("state.new"), &state_file).unwrap();
     store.ready().unwrap();
-    println!("pid {}", std::process::id());
+    println!("ready {}", std::process::id());
     wait_until("asked to stop", Duration::from_secs(600), || directory.join("stop").exists());
     attachment.detach(&store).unwrap();
     // The test harness's own way out could wait for output that nobody reads.
@@ -96,7 +97,7 @@ impl Served {
             .spawn()
             .unwrap();
         let mut output = BufReader::new(holder.stdout.take().unwrap());
-        let pid = next_pid(&mut output);
+        let pid = next_pid(&mut output, "ready ");
         let state =
             serde_json::from_slice(&std::fs::read(directory.path().join("state.json")).unwrap()).unwrap();
         (Served { directory, holder, output, state }, pid)
@@ -109,7 +110,7 @@ impl Served {
     /// Kills the worker and waits for the next to serve.
     fn kill(&mut self, worker: Pid) -> Pid {
         rustix::process::kill_process(worker, Signal::KILL).unwrap();
-        next_pid(&mut self.output)
+        next_pid(&mut self.output, "ready ")
     }
 
     /// Kills both, so that the connection ends.
@@ -133,14 +134,14 @@ impl Drop for Served {
     }
 }
 
-/// The process id that the next worker prints when it serves.
-fn next_pid(output: &mut impl BufRead) -> Pid {
+/// The process id that the next worker prints behind `word`.
+fn next_pid(output: &mut impl BufRead, word: &str) -> Pid {
     let mut line = String::new();
     loop {
         line.clear();
         assert_ne!(output.read_line(&mut line).unwrap(), 0, "the holder ended");
         // The test harness prints beside it.
-        if let Some((_, pid)) = line.rsplit_once("pid ") {
+        if let Some((_, pid)) = line.rsplit_once(word) {
             return Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
         }
     }
@@ -197,6 +198,42 @@ fn a_hundred_kills_under_load_without_an_error() {
     });
     println!("{} reads, the longest took {longest:?}", reads.load(Ordering::Relaxed));
     assert!(longest < Duration::from_secs(1), "{longest:?}");
+    served.stop();
+}
+
+#[test]
+fn workers_that_die_before_they_serve_are_survived() {
+    require_root();
+    let (mut served, mut worker) = Served::start();
+    let device = served.device();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..8_u64)
+            .map(|reader| {
+                let (done, device) = (&done, &device);
+                scope.spawn(move || {
+                    let file = open_direct(device);
+                    let mut index = 0;
+                    while !done.load(Ordering::Relaxed) {
+                        let offset = VIRTUAL_BASE + (reader << 40) + index * 4096;
+                        read_pattern(&file, offset, &mut Aligned::new(4096)).unwrap();
+                        index += 1;
+                    }
+                })
+            })
+            .collect();
+        for round in 0..10 {
+            rustix::process::kill_process(worker, Signal::KILL).unwrap();
+            worker = next_pid(&mut served.output, "born ");
+            // At another moment of its start each time.
+            std::thread::sleep(Duration::from_micros(round * 700));
+        }
+        next_pid(&mut served.output, "ready ");
+        done.store(true, Ordering::Relaxed);
+        for reader in readers {
+            reader.join().unwrap();
+        }
+    });
     served.stop();
 }
 
