@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 
-use crate::log::{Chain, FRAME_RANGES_MAX, HEADER_BYTES, Record, SPEC_BYTES_MAX};
+use crate::log::{Chain, DiskRange, FRAME_RANGES_MAX, HEADER_BYTES, Record, SPEC_BYTES_MAX};
 use crate::snapshot::{Ranges, Snapshot};
 use crate::storage::{Directory, Storage, StorageFile};
 use crate::{Address, BLOCK, ContentId, Error, Place, Range, Result};
@@ -25,7 +25,9 @@ pub const CONTENTS_MAX: u64 = 1 << 24;
 pub(crate) const LOG_BYTES_MAX: u64 = 128 << 20;
 /// A log shorter than this is not compacted ...
 const COMPACT_BYTES_MIN: u64 = 1 << 20;
-/// ... one longer than this always is; in between, one that is longer than an eighth of the table's ranges.
+/// ... one longer than this always is; in between, one that is longer than a 32nd of the table's ranges. What
+/// look-ups search beside the table stays small so, and writing the table costs little beside the syncs of what was added
+/// one by one.
 const COMPACT_BYTES_MAX: u64 = 16 << 20;
 
 /// A request for addresses.
@@ -387,8 +389,8 @@ impl<F: StorageFile> Writer<F> {
 
 /// When a log that goes on from a table of so many ranges is to be compacted, in bytes.
 pub(crate) fn compact_at(table_ranges: usize) -> u64 {
-    let eighth = table_ranges as u64 * 32 / 8;
-    HEADER_BYTES as u64 + eighth.clamp(COMPACT_BYTES_MIN, COMPACT_BYTES_MAX)
+    let share = (table_ranges * size_of::<DiskRange>()) as u64 / 32;
+    HEADER_BYTES as u64 + share.clamp(COMPACT_BYTES_MIN, COMPACT_BYTES_MAX)
 }
 
 /// The first fitting address at or behind `free_from`.
