@@ -2,6 +2,7 @@
 //! need.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail, ensure};
@@ -9,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 use crate::image::{self, Image};
 use crate::nginx::Nginx;
 use crate::setup;
-use crate::shell::{cargo, describe, is_root, run, target};
+use crate::shell::{describe, is_root, release_binary, run, target};
 
 const BENCHES: [&str; 3] = ["start", "seed", "read"];
 
@@ -25,32 +26,32 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
     }
     ensure!(is_root(), "the benchmarks mount and attach loop devices: run them as root");
     setup::run_setup()?;
-    run(&mut cargo(&["build", "--release", "--package", "loam"]))?;
+    let binary = release_binary()?;
     let directory = target().join("bench");
     fs::create_dir_all(&directory)?;
     let mut results = Vec::new();
     for bench in BENCHES.iter().filter(|bench| chosen.is_empty() || chosen.contains(bench)) {
         let out = directory.join(format!("{bench}.jsonl"));
-        let mut loam = Command::new(target().join("release/loam"));
+        let mut loam = Command::new(&binary);
         loam.args(["bench", bench, "--out"]).arg(&out).args(&options);
         match *bench {
-            "start" => start(&mut loam)?,
+            "start" => start(&binary, &mut loam)?,
             _ => show_and_run(&mut loam)?,
         }
         results.push(out);
     }
-    let mut report = Command::new(target().join("release/loam"));
+    let mut report = Command::new(&binary);
     report.args(["bench", "report"]).args(&results).arg("--html").arg(directory.join("report.html"));
     show_and_run(&mut report)
 }
 
 /// Cold start needs the image and a server.
-fn start(loam: &mut Command) -> Result<()> {
+fn start(binary: &Path, loam: &mut Command) -> Result<()> {
     let image = Image::debian()?;
     image.compressed("gzip", "gz")?;
     image.compressed("xz", "xz")?;
     let tar = format!("tar:{}", image.tar.display());
-    run(Command::new(target().join("release/loam")).args(["index", &tar]))?;
+    run(Command::new(binary).args(["index", &tar]))?;
     let nginx = Nginx::start(&image::directory().join("nginx"), &image::directory().join("www"))?;
     let name = image.name();
     loam.arg(format!("tar:{}", nginx.url(&name)));

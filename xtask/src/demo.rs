@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::image::{self, Image};
 use crate::nginx::{Nginx, Wire};
 use crate::setup;
-use crate::shell::{cargo, describe, is_root, run, target};
+use crate::shell::{describe, is_root, release_binary, run};
 
 /// Requests that were under way when a step ended are logged within this.
 const LOG_SETTLE: Duration = Duration::from_millis(100);
@@ -47,12 +47,10 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
     }
-    eprintln!("demo: building loam (release)");
-    run(&mut cargo(&["build", "--quiet", "--release", "--package", "loam"]))?;
+    let binary = release_binary()?;
     let image = if quick { Image::busybox()? } else { Image::debian()? };
     let directory = image::directory();
     let nginx = Nginx::start(&directory.join("nginx"), &directory.join("www"))?;
-    let binary = target().join("release/loam");
     let mut demo = Demo { binary, directory, nginx, interrupted, steps: Vec::new() };
     demo.clear()?;
     let result = demo.play(&image);
@@ -109,7 +107,8 @@ impl Demo {
         let path = self.loam("create", &["create", "web", "debian"])?;
         let (written, length) = (Path::new(&path).join("var/written"), 16 << 20);
         let bytes = loam_e2e::tarball::noise(1, length);
-        self.timed(&format!("write {} MB in it", length >> 20), |_| {
+        println!("$ dd of={} (16 MiB, synced)", written.display());
+        self.timed("write 16 MiB in it", |_| {
             fs::write(&written, &bytes)?;
             Ok(fs::File::open(&written)?.sync_all()?)
         })?;
@@ -142,6 +141,7 @@ impl Demo {
         let path = path.split("\"path\":\"").nth(1).and_then(|rest| rest.split('"').next());
         let container = PathBuf::from(path.context("`loam show --json` names no path")?);
         let unpacked = self.directory.join("unpacked");
+        println!("$ compare {} {}", unpacked.display(), container.display());
         let report = self.timed("compare", |_| Ok(loam_e2e::compare::trees(&unpacked, &container, &[])?))?;
         for difference in report.differences.iter().take(20) {
             println!("  {difference}");

@@ -73,3 +73,13 @@ pub(crate) fn installed(program: &str) -> bool {
 pub(crate) fn is_root() -> bool {
     output(&mut command("id", &["-u"])).is_ok_and(|id| id.trim() == "0")
 }
+
+/// The binary that demo and benchmarks use: `LOAM_BIN`, or a release build made now.
+pub(crate) fn release_binary() -> Result<PathBuf> {
+    if let Some(binary) = std::env::var_os("LOAM_BIN") {
+        return Ok(PathBuf::from(binary));
+    }
+    eprintln!("xtask: building loam (release)");
+    run(&mut cargo(&["build", "--quiet", "--release", "--package", "loam"]))?;
+    Ok(target().join("release/loam"))
+}

