@@ -61,6 +61,8 @@ pub struct CacheOptions {
     pub run_bytes_max: u64,
     /// Fetches of `prefetch` and `pin` that run at once, over all contents.
     pub background_fetches: usize,
+    /// Fetches of one `replay` that run at once.
+    pub replay_fetches: usize,
     /// How long a chunk that could not be fetched fails at once.
     pub failure_memory: Duration,
 }
@@ -72,6 +74,7 @@ impl Default for CacheOptions {
             read_ahead: ReadAhead::default(),
             run_bytes_max: 4 << 20,
             background_fetches: 4,
+            replay_fetches: 12,
             failure_memory: Duration::from_secs(1),
         }
     }
@@ -145,11 +148,15 @@ impl Cache {
                 fs::remove_dir_all(&path).map_err(failed)?;
                 continue;
             }
-            match Store::load(&path)? {
-                Some(store) if path.ends_with(layout::directory_name(store.key())) => {
+            match Store::load(&path) {
+                Ok(Some(store)) if path.ends_with(layout::directory_name(store.key())) => {
                     contents.take_over(&shared, store);
                 }
-                _ => discard_chunks(&path).map_err(failed)?,
+                Ok(_) => discard_chunks(&path),
+                // One content that cannot be read must not take the others with it; its device will say why.
+                Err(error) => {
+                    tracing::error!(directory = %path.display(), %error, "a cached content cannot be read");
+                }
             }
         }
         Ok(Cache { directory, shared, contents: Mutex::new(contents), imports: AtomicU64::new(0) })
@@ -316,15 +323,16 @@ fn make_private(directory: &Path) -> std::io::Result<()> {
 }
 
 /// Removes chunks whose header cannot be believed. Recorded digests stay: they are not for the cache to lose.
-fn discard_chunks(directory: &Path) -> std::io::Result<()> {
-    if !directory.join("digests").exists() {
-        return fs::remove_dir_all(directory);
+fn discard_chunks(directory: &Path) {
+    let discarded = if directory.join("digests").exists() {
+        ["data", "table"].into_iter().try_for_each(|name| match fs::remove_file(directory.join(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
+    } else {
+        fs::remove_dir_all(directory)
+    };
+    if let Err(error) = discarded {
+        tracing::warn!(directory = %directory.display(), %error, "rubbish in the cache was not removed");
     }
-    for name in ["data", "table"] {
-        match fs::remove_file(directory.join(name)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
 }

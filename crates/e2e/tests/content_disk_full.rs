@@ -32,7 +32,8 @@ impl Drop for SmallDisk<'_> {
 #[tokio::test]
 async fn a_full_disk_slows_down_but_serves() {
     require_root();
-    let bytes: Vec<u8> = (0..(CHUNK * CHUNKS) as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let bytes: Vec<u8> =
+        (0..(CHUNK * CHUNKS) as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("content");
     std::fs::write(&file, &bytes).unwrap();
@@ -66,7 +67,8 @@ async fn a_full_disk_slows_down_but_serves() {
                     let rest = vec![1; CHUNK * CHUNKS];
                     let ballast = std::fs::File::create(at.join("ballast")).unwrap();
                     let mut filled = 0;
-                    while let Ok(1..) = std::os::unix::fs::FileExt::write_at(&ballast, &rest[..4096], filled) {
+                    while let Ok(1..) = std::os::unix::fs::FileExt::write_at(&ballast, &rest[..4096], filled)
+                    {
                         filled += 4096;
                     }
                 }

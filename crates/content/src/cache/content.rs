@@ -62,7 +62,8 @@ struct Runs<'a> {
 
 impl Runs<'_> {
     fn add(&mut self, flights: &mut Flights, chunk: u64, suspect: bool, demanded: bool) -> Waiter {
-        let flight = Flight::start(self.shelf, flights, chunk, suspect);
+        let mut flight = Flight::start(self.shelf, flights, chunk, demanded);
+        flight.suspect = suspect;
         let waiter = flight.waiter();
         match self.runs.last_mut() {
             Some(run)
@@ -147,8 +148,14 @@ impl Content {
     }
 
     /// Says for each chunk of `first..=last` where it is, and gets those under way that are neither here nor coming,
-    /// read-ahead included. `suspects` are looked at again.
-    fn gather(self: &Arc<Self>, first: u64, last: u64, suspects: &[u64]) -> Result<Vec<Piece>> {
+    /// read-ahead included. `suspects` are looked at again. `joined` is set where a fetch is waited for that no reader began.
+    fn gather(
+        self: &Arc<Self>,
+        first: u64,
+        last: u64,
+        suspects: &[u64],
+        joined: &mut bool,
+    ) -> Result<Vec<Piece>> {
         if let Some(error) = self.recent_failure(first..=last) {
             return Err(error);
         }
@@ -160,6 +167,7 @@ impl Content {
             .map(|chunk| {
                 let suspect = suspects.contains(&chunk);
                 if let Some(flight) = flights.get(&chunk) {
+                    *joined |= !flight.demanded;
                     Piece::Coming(Waiter::join(flight))
                 } else if store.is_present(chunk) && !suspect {
                     Piece::Local
@@ -229,9 +237,16 @@ impl Content {
         let (first, last) = (shape.chunk_of(offset), shape.chunk_of(end - 1));
         let mut suspects = Vec::new();
         let mut missed = false;
+        let mut joined = false;
         for _ in 0..READ_ATTEMPTS {
-            let pieces = self.gather(first, last, &suspects)?;
-            match self.assemble(offset, buffer, pieces, &mut missed).await? {
+            let before = std::mem::replace(&mut joined, false);
+            let pieces = self.gather(first, last, &suspects, &mut joined)?;
+            let local = match self.assemble(offset, buffer, pieces, &mut missed).await {
+                // A fetch ahead of readers may have used up its patience before this one came, who now tries for itself.
+                Err(error) if joined && !before && is_passing(&error) => continue,
+                other => other?,
+            };
+            match local {
                 Local::Hit => {
                     let counters = &self.shared.counters;
                     count(if missed { &counters.misses } else { &counters.hits }, 1);
@@ -308,6 +323,11 @@ impl Content {
         self.shared.demand.fetch_add(1, Ordering::Relaxed);
         Demanding(self.shared.clone())
     }
+}
+
+/// Whether another attempt may go better.
+fn is_passing(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut | ErrorKind::ShuttingDown)
 }
 
 /// See [`Content::demanding`].

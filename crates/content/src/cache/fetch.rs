@@ -66,13 +66,16 @@ impl Content {
             tracing::warn!(content = self.name(), first = first.chunk(), chunks = missing.len(), %error, "fetch failed");
         }
         for flight in missing {
+            // What was fetched ahead failed nobody: who wants it tries for itself.
+            if demanded {
+                self.failed(flight.chunk(), &error);
+            }
             self.refuse(flight, error.clone());
         }
     }
 
     fn refuse(&self, flight: Flight, error: Error) {
         self.shared.counters.error(error.kind());
-        self.failed(flight.chunk(), &error);
         flight.fail(error);
     }
 
@@ -195,6 +198,7 @@ impl Content {
             match verdict {
                 Verdict::Wrong(error) => {
                     tracing::error!(content = self.name(), chunk = flight.chunk(), %error, "refused a chunk");
+                    self.failed(flight.chunk(), &error);
                     self.refuse(flight, error);
                 }
                 Verdict::Right | Verdict::FirstSeen => {

@@ -15,7 +15,15 @@ use crate::{Error, Result};
 type Outcome = Option<Result<Bytes>>;
 
 /// The flights of one content, by chunk.
-pub(crate) type Flights = HashMap<u64, watch::Receiver<Outcome>>;
+pub(crate) type Flights = HashMap<u64, Up>;
+
+/// A flight as others see it.
+#[derive(Debug)]
+pub(crate) struct Up {
+    outcome: watch::Receiver<Outcome>,
+    /// Started by a reader, not ahead of one.
+    pub(crate) demanded: bool,
+}
 
 /// One content's place in the cache.
 #[derive(Debug)]
@@ -51,11 +59,11 @@ pub(crate) struct Flight {
 
 impl Flight {
     /// Starts a flight for a chunk that has none.
-    pub(crate) fn start(shelf: &Arc<Shelf>, flights: &mut Flights, chunk: u64, suspect: bool) -> Flight {
+    pub(crate) fn start(shelf: &Arc<Shelf>, flights: &mut Flights, chunk: u64, demanded: bool) -> Flight {
         let (outcome, receiver) = watch::channel(None);
-        let before = flights.insert(chunk, receiver);
+        let before = flights.insert(chunk, Up { outcome: receiver, demanded });
         assert!(before.is_none(), "a chunk has one flight at most");
-        Flight { shelf: shelf.clone(), chunk, outcome, up: true, suspect }
+        Flight { shelf: shelf.clone(), chunk, outcome, up: true, suspect: false }
     }
 
     pub(crate) fn chunk(&self) -> u64 {
@@ -106,8 +114,8 @@ impl Drop for Flight {
 pub(crate) struct Waiter(watch::Receiver<Outcome>);
 
 impl Waiter {
-    pub(crate) fn join(flight: &watch::Receiver<Outcome>) -> Waiter {
-        Waiter(flight.clone())
+    pub(crate) fn join(flight: &Up) -> Waiter {
+        Waiter(flight.outcome.clone())
     }
 
     /// The chunk's verified bytes.

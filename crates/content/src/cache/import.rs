@@ -26,6 +26,8 @@ pub struct Importer {
     states: Vec<u8>,
     chunk_bytes: u32,
     salt: u32,
+    /// The short chunk, if there was one: it must turn out to be the last.
+    short: Option<(u64, u64)>,
     /// Bytes reserved for stored chunks.
     reserved: u64,
 }
@@ -54,6 +56,7 @@ impl Cache {
             states: Vec::new(),
             chunk_bytes,
             salt: rand::random(),
+            short: None,
             reserved: 0,
             directory,
         })
@@ -70,7 +73,8 @@ impl Importer {
         let length = bytes.len() as u64;
         let chunk_bytes = u64::from(self.chunk_bytes);
         let fits = length > 0 && length <= chunk_bytes && length.is_multiple_of(BLOCK_BYTES);
-        if !fits || chunk >= layout::CONTENT_BYTES_MAX / chunk_bytes {
+        let second = length < chunk_bytes && self.short.is_some_and(|short| short != (chunk, length));
+        if !fits || second || chunk >= layout::CONTENT_BYTES_MAX / chunk_bytes {
             let what = format!("{length} bytes as chunk {chunk} of {chunk_bytes} bytes");
             return Err(Error::Mismatch { content: self.directory.display().to_string(), what });
         }
@@ -99,6 +103,9 @@ impl Importer {
             return Ok(());
         }
         self.reserved += length;
+        if length < chunk_bytes {
+            self.short = Some((chunk, length));
+        }
         let slot = chunk as usize;
         if self.states.len() <= slot {
             self.states.resize(slot + 1, 0);
@@ -115,9 +122,11 @@ impl Importer {
     pub fn finish(mut self, cache: &Cache, key: &str, length: u64) -> Result<()> {
         layout::check_key(key)?;
         let shape = Shape::new(length, self.chunk_bytes).filter(|shape| {
-            let whole = self.states.len() as u64 == shape.chunks();
-            // A short chunk is accounted for as such: it must be the last.
-            self.states.len() as u64 <= shape.chunks() && (!whole || self.data_end() <= length)
+            let chunks = self.states.len() as u64;
+            let short_is_last = self
+                .short
+                .is_none_or(|(chunk, length)| chunk + 1 == shape.chunks() && length == shape.bytes_of(chunk));
+            chunks <= shape.chunks() && short_is_last && self.data_end() <= length
         });
         let shape = shape.ok_or_else(|| Error::Mismatch {
             content: key.to_owned(),

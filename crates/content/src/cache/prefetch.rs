@@ -1,5 +1,6 @@
 //! Fetching before anyone reads: `prefetch` and `pin`. Bounded, in the background of what somebody waits for.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,6 +27,37 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
+/// Within so much of a trace the order of addresses is kept instead of that of time: neighbours come by one request.
+const REPLAY_WINDOW_BYTES: u64 = 1 << 20;
+
+/// Each chunk once, where it comes first; `window` chunks at a time in the order of addresses, adjacent ones joined.
+fn in_windows(trace: Vec<Range<u64>>, window: usize) -> Vec<Range<u64>> {
+    let mut seen = HashSet::new();
+    let chunks: Vec<u64> = trace.into_iter().flatten().filter(|chunk| seen.insert(*chunk)).collect();
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for window in chunks.chunks(window) {
+        let mut window = window.to_vec();
+        window.sort_unstable();
+        let begun = runs.len();
+        for chunk in window {
+            match runs.get_mut(begun..).and_then(<[_]>::last_mut) {
+                Some(run) if run.end == chunk => run.end += 1,
+                _ => runs.push(chunk..chunk + 1),
+            }
+        }
+    }
+    runs
+}
+
+/// How a fetch treats reads that wait for another.
+#[derive(Debug, Clone, Copy)]
+enum Manner {
+    /// It lets them go first.
+    Quiet,
+    /// It runs beside them.
+    Eager,
+}
+
 impl CachedDevice {
     /// Fetches the chunks of these byte ranges that are not local, in the background of reads that wait: in parallel,
     /// bounded by [`super::CacheOptions::background_fetches`]. They may be evicted again like any other.
@@ -41,6 +73,37 @@ impl CachedDevice {
         for range in ranges {
             chunks.push(self.chunks(range)?);
         }
+        // A whole stream is read by one fetch at a time: two would read the same bytes twice.
+        let parallel = match self.content.source.fetch_cost() {
+            FetchCost::RandomAccess => self.content.shared.options.background_fetches.max(1),
+            FetchCost::WholeStream => 1,
+        };
+        self.bring_all(chunks, parallel, Manner::Quiet, progress).await
+    }
+
+    /// Fetches what a trace says will be read, in its order, and beside the reads that wait: a run of the same program is
+    /// just about to ask for it. At most [`super::CacheOptions::replay_fetches`] at once.
+    ///
+    /// # Errors
+    /// The first that a fetch met; what came before it stays. A source that can only be read as a whole stream is left
+    /// alone.
+    pub async fn replay(&self, trace: &[Range<u64>]) -> Result<()> {
+        if self.content.source.fetch_cost() == FetchCost::WholeStream {
+            return Ok(());
+        }
+        let chunks = trace.iter().map(|range| self.chunks(range)).collect::<Result<Vec<_>>>()?;
+        let window = (REPLAY_WINDOW_BYTES / self.content.shape().chunk_bytes()).max(1) as usize;
+        let parallel = self.content.shared.options.replay_fetches.max(1);
+        self.bring_all(in_windows(chunks, window), parallel, Manner::Eager, &|_| ()).await
+    }
+
+    async fn bring_all(
+        &self,
+        chunks: Vec<Range<u64>>,
+        parallel: usize,
+        manner: Manner,
+        progress: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<()> {
         let content = &self.content;
         let (shape, per_run) = (content.shape(), content.run_chunks_max());
         let bytes_of = |chunks: Range<u64>| chunks.map(|chunk| shape.bytes_of(chunk)).sum::<u64>();
@@ -50,15 +113,10 @@ impl CachedDevice {
             let starts = chunks.clone().step_by(per_run as usize);
             starts.map(move |start| start..chunks.end.min(start + per_run))
         });
-        // A whole stream is read by one fetch at a time: two would read the same bytes twice.
-        let parallel = match content.source.fetch_cost() {
-            FetchCost::RandomAccess => content.shared.options.background_fetches.max(1),
-            FetchCost::WholeStream => 1,
-        };
         let mut fetches = stream::iter(pieces)
             .map(|chunks| async {
                 let bytes = bytes_of(chunks.clone());
-                self.bring(chunks).await.map(|()| bytes)
+                self.bring(chunks, manner).await.map(|()| bytes)
             })
             .buffer_unordered(parallel);
         while let Some(bytes) = fetches.next().await {
@@ -122,22 +180,31 @@ impl CachedDevice {
         joined(set.await, "pinning")?
     }
 
-    /// Brings one run's worth of chunks.
-    async fn bring(&self, chunks: Range<u64>) -> Result<()> {
-        let content = &self.content;
-        let store = &content.shelf.store;
-        if chunks.clone().all(|chunk| store.is_present(chunk)) {
-            return Ok(());
-        }
-        let shared = &content.shared;
+    /// Waits for a turn in the background, and for a moment in which nobody waits for a fetch.
+    async fn quiet(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
+        let shared = &self.content.shared;
         let permit = shared.background.acquire().await;
-        let _permit = permit.map_err(|_| Error::ShuttingDown { what: "prefetch".to_owned() })?;
+        let permit = permit.map_err(|_| Error::ShuttingDown { what: "prefetch".to_owned() })?;
         for _ in 0..QUIET_LOOKS_MAX {
             if shared.demand.load(Ordering::Relaxed) == 0 {
                 break;
             }
             tokio::time::sleep(QUIET_LOOK).await;
         }
+        Ok(permit)
+    }
+
+    /// Brings one run's worth of chunks.
+    async fn bring(&self, chunks: Range<u64>, manner: Manner) -> Result<()> {
+        let content = &self.content;
+        let store = &content.shelf.store;
+        if chunks.clone().all(|chunk| store.is_present(chunk)) {
+            return Ok(());
+        }
+        let _permit = match manner {
+            Manner::Eager => None,
+            Manner::Quiet => Some(self.quiet().await?),
+        };
         let mut waiters = Vec::new();
         let mut run = Run { first: chunks.start, flights: Vec::new(), demanded: false };
         {
@@ -156,5 +223,18 @@ impl CachedDevice {
             waiter.wait().await?;
         }
         joined(flown.await, "prefetch")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_cut_into_windows() {
+        let trace = vec![7..9, 2..3, 8..10, 3..4, 100..101, 9..10];
+        assert_eq!(in_windows(trace.clone(), 100), [2..4, 7..10, 100..101]);
+        assert_eq!(in_windows(trace.clone(), 3), [2..3, 7..9, 3..4, 9..10, 100..101]);
+        assert_eq!(in_windows(Vec::new(), 3), []);
     }
 }
