@@ -405,4 +405,28 @@ mod tests {
         let log = DigestLog::open(dir.path(), "k", shape()).unwrap();
         assert_eq!((log.len(), log.get(199)), (200, Some(digest(199))));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_survived(
+            lengths in proptest::collection::vec(1usize..5, 0..5),
+            edits in proptest::collection::vec((0usize..2000, 0u8..255), 0..8),
+            rest in proptest::collection::vec(0u8..255, 0..100),
+        ) {
+            let mut bytes = header(shape()).as_bytes().to_vec();
+            for (number, length) in lengths.iter().enumerate() {
+                let record = RawRecord { chunk: (number as u64).into(), digest: [7; 32] };
+                bytes.extend(frame(number as u64, &vec![record; *length]));
+            }
+            bytes.extend(rest);
+            for (at, with) in edits {
+                let at = at % bytes.len();
+                bytes[at] = with;
+            }
+            if let Some(recovered) = recover(&bytes, shape().chunks()) {
+                assert!(recovered.end <= bytes.len());
+                assert!(recovered.known.iter().all(|(chunk, digest)| *chunk < 5 && digest.0 == [7; 32]));
+            }
+        }
+    }
 }
