@@ -7,8 +7,9 @@
 //! either.
 //!
 //! # Protocol
-//! Worker and holder talk over a pair of SOCK_SEQPACKET sockets; the worker's end is inherited, its number in
-//! `LOAM_HOLDER_FD`. One message is one line of text, descriptors travel beside it (SCM_RIGHTS):
+//! Worker and holder talk over a pair of SOCK_SEQPACKET sockets; the worker's end is inherited. `LOAM_HOLDER_FD` has its
+//! number and, behind a colon, the holder's process id: what the worker starts inherits the variable, but not the
+//! socket, and can tell by its own parent that it is not meant. One message is one line of text, descriptors travel beside it (SCM_RIGHTS):
 //!
 //! ```text
 //! worker: store NAME + 1 descriptor   keep a duplicate (in place of one of the same name)
@@ -26,7 +27,7 @@ mod supervisor;
 pub use store::FdStore;
 pub use supervisor::{Ended, run};
 
-/// The environment variable with the number of the worker's socket.
+/// The environment variable with the number of the worker's socket and the holder's process id, "NUMBER:PID".
 pub const SOCKET_VARIABLE: &str = "LOAM_HOLDER_FD";
 /// The longest name of a descriptor in bytes; names are printable ASCII without space and colon, as systemd wants them.
 pub const NAME_MAX: usize = 64;

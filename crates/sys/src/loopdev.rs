@@ -135,7 +135,7 @@ pub struct LoopDevice {
 ///
 /// # Errors
 /// Where the control device cannot be opened, the kernel refuses the configuration, or others take each free device
-/// first ([`MAX_RACES`] times).
+/// first, 64 times.
 pub fn attach(config: &LoopConfig<'_>) -> Result<LoopDevice> {
     let control = open_control()?;
     let mut races = 0;

@@ -37,12 +37,15 @@ impl FdStore {
     /// [`Error::Store`] when the environment names descriptors that are not there, or the holder speaks in an unknown
     /// way.
     pub fn from_environment() -> Result<FdStore> {
-        if let Some(number) = std::env::var_os(SOCKET_VARIABLE) {
-            let number = number.to_str().and_then(|number| number.parse().ok());
-            let Some(number) = number else {
-                return Err(Error::Store(format!("{SOCKET_VARIABLE} is not a number")));
+        if let Some(value) = std::env::var_os(SOCKET_VARIABLE) {
+            let Some((number, holder)) = value.to_str().and_then(parse_socket) else {
+                return Err(Error::Store(format!("{SOCKET_VARIABLE} is not NUMBER:PID but {value:?}")));
             };
-            return FdStore::with_holder(loam_sys::process::take_inherited(number)?);
+            if holder == std::os::unix::process::parent_id() {
+                return FdStore::with_holder(loam_sys::process::take_inherited(number)?);
+            }
+            tracing::debug!(holder, "{SOCKET_VARIABLE} is meant for another process, or the holder has gone");
+            return Ok(FdStore::none());
         }
         let mut kept = BTreeMap::new();
         let passed = sd_notify::listen_fds_with_names().map_err(|error| Error::Store(error.to_string()))?;
@@ -178,6 +181,12 @@ impl FdStore {
     }
 }
 
+/// "NUMBER:PID".
+fn parse_socket(text: &str) -> Option<(i32, u32)> {
+    let (number, holder) = text.split_once(':')?;
+    Some((number.parse().ok()?, holder.parse().ok()?))
+}
+
 fn check_name(name: &str) -> Result<()> {
     if is_name(name) { Ok(()) } else { Err(Error::Store(format!("{name:?} cannot be a descriptor's name"))) }
 }
@@ -195,6 +204,14 @@ mod tests {
         store.ready().unwrap();
         assert!(!store.keeps() && store.take("fuse").is_none());
         assert!(store.store("a b", std::io::stdin().as_fd()).is_err());
+    }
+
+    #[test]
+    fn the_variable_has_two_numbers() {
+        assert_eq!(parse_socket("7:4711"), Some((7, 4711)));
+        for bad in ["7", "7:", ":1", "a:1", "7:-1", "7:1:2"] {
+            assert_eq!(parse_socket(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -104,7 +104,7 @@ async fn live(mut command: Command, kept: &mut BTreeMap<String, OwnedFd>) -> Res
     let ours = std::os::unix::net::UnixStream::from(ours);
     ours.set_nonblocking(true).map_err(fail("fcntl"))?;
     let socket = UnixStream::from_std(ours).map_err(fail("epoll_ctl"))?;
-    command.env(SOCKET_VARIABLE, theirs.as_raw_fd().to_string());
+    command.env(SOCKET_VARIABLE, format!("{}:{}", theirs.as_raw_fd(), std::process::id()));
     // The holder is who systemd knows; it passes on what matters.
     command.env_remove("NOTIFY_SOCKET").env_remove("FDSTORE");
     inherit(&mut command, vec![theirs], Isolation::default());
