@@ -37,4 +37,4 @@ pub use reader::read_virtual_superblock;
 pub use synthetic::SyntheticTree;
 pub use tree::{Attributes, FileTree, Node, NodeKind, Run, Subvolume, inline_max};
 pub use verify::{Counts, Finding, Verification, verify};
-pub use write::{Report, VIRTUAL_DATA_INODE, VIRTUAL_DATA_NAME, write};
+pub use write::{Report, VIRTUAL_DATA_INODE, VIRTUAL_DATA_NAME, virtual_superblock, write};

@@ -4,8 +4,8 @@ mod common;
 
 use common::{attributes, everything, format, show, small_options};
 use loam_seed::{
-    Attributes, Error, FileTree, MemoryTree, OwnedKind, Run, SeedOptions, Subvolume, Timestamp, inline_max,
-    read_label,
+    Attributes, Error, FileTree, Layout, MemoryTree, OwnedKind, Run, SeedOptions, Subvolume, Timestamp,
+    inline_max, read_label, virtual_superblock,
 };
 use proptest::prelude::*;
 
@@ -116,6 +116,10 @@ fn the_same_input_gives_the_same_bytes_and_another_identity_other_uuids() {
     let label = read_label(pair.local.as_ref().expect("a pair")).expect("a label");
     assert_eq!((label.content_digest, label.identity, label.virtual_size), ([3; 32], [7; 32], 300 << 40));
     assert!(pair.virtual_image.allocated() == 4096);
+    let alone = virtual_superblock(&options).expect("a superblock");
+    assert_eq!(bytes(&options).0, [(64 << 10, alone.to_vec())]);
+    let single = SeedOptions { layout: Layout::Single, ..options };
+    assert!(matches!(virtual_superblock(&single), Err(Error::Option { .. })));
 }
 
 #[test]

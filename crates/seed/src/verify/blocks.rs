@@ -205,69 +205,78 @@ fn gather(
     trees: &mut Trees,
     findings: &mut Findings,
 ) {
-    let mut wrong = |reason: String| {
-        findings.add(Finding::new("item", reason).tree(tree).block(block.bytenr()).key(key));
-    };
-    let too_short = || format!("has only {} bytes", body.len());
-    match (tree, key.kind) {
-        (object::ROOT_TREE, item::ROOT) => match RootItem::read_from_prefix(body) {
-            Ok((root, _)) => trees.roots.push((TreeRoot::of(key.objectid, &root), root)),
-            Err(_) => wrong(too_short()),
-        },
-        (object::ROOT_TREE, item::ROOT_REF | item::ROOT_BACKREF) => {
-            trees.root_refs.push((key, body.to_vec()))
-        }
-        (object::ROOT_TREE, _) if key.objectid == object::ROOT_TREE_DIR => {
-            trees.root_directory.push((key, body.to_vec()));
-        }
-        (object::UUID_TREE, item::UUID_SUBVOL | item::UUID_RECEIVED) => {
-            trees.uuids.push((key, body.to_vec()))
-        }
-        (object::EXTENT_TREE | object::BLOCK_GROUP_TREE, item::BLOCK_GROUP) => {
-            match BlockGroupItem::read_from_bytes(body) {
-                Ok(group) => {
-                    if group.chunk_objectid.get() != object::FIRST_FREE {
-                        wrong(format!("chunk_objectid is {}, should be 256", group.chunk_objectid));
-                    }
-                    let (used, flags) = (group.used.get(), group.flags.get());
-                    trees.block_groups.push(BlockGroup {
-                        start: key.objectid,
-                        length: key.offset,
-                        used,
-                        flags,
-                    });
-                }
-                Err(_) => wrong(too_short()),
-            }
-        }
+    let result = match (tree, key.kind) {
+        (object::ROOT_TREE, _) => trees.root_item(key, body),
+        (object::EXTENT_TREE | object::BLOCK_GROUP_TREE, item::BLOCK_GROUP) => trees.block_group(key, body),
         (object::EXTENT_TREE, _) => {
-            let node_size = filesystem.node_size().into();
-            if let Err(reason) = parse_extent(key, body, node_size, &mut trees.extents, &mut trees.backrefs) {
-                wrong(reason);
-            }
+            parse_extent(key, body, filesystem.node_size().into(), &mut trees.extents, &mut trees.backrefs)
         }
-        (object::DEV_TREE, item::DEV_EXTENT) => match DevExtent::read_from_bytes(body) {
-            Ok(item) => {
-                trees.dev_extents.push(DeviceExtent { devid: key.objectid, physical: key.offset, item });
-            }
-            Err(_) => wrong(too_short()),
-        },
-        (object::FREE_SPACE_TREE, item::FREE_SPACE_INFO) => match FreeSpaceInfo::read_from_bytes(body) {
-            Ok(info) => trees.free_space.infos.push((key.objectid, key.offset, info)),
-            Err(_) => wrong(too_short()),
-        },
-        (object::FREE_SPACE_TREE, item::FREE_SPACE_EXTENT) => {
-            trees.free_space.runs.push((key.objectid, key.offset));
+        (object::DEV_TREE, item::DEV_EXTENT) => whole(body).map(|item| {
+            trees.dev_extents.push(DeviceExtent { devid: key.objectid, physical: key.offset, item });
+        }),
+        (object::FREE_SPACE_TREE, _) => trees.free_space.item(key, body),
+        (object::UUID_TREE, item::UUID_SUBVOL | item::UUID_RECEIVED) => {
+            trees.uuids.push((key, body.to_vec()));
+            Ok(())
         }
-        (object::FREE_SPACE_TREE, item::FREE_SPACE_BITMAP) => {
-            trees.free_space.bitmaps.push((key.objectid, key.offset));
-            if let Err(reason) = bitmap_runs(key, body, &mut trees.free_space.runs) {
-                wrong(reason);
-            }
+        (object::QUOTA_TREE, _) => {
+            trees.quota.push((key, body.to_vec()));
+            Ok(())
         }
-        (object::QUOTA_TREE, _) => trees.quota.push((key, body.to_vec())),
-        (object::CSUM_TREE, item::EXTENT_CSUM) => trees.checksums.push((key.offset, body.to_vec())),
-        _ => {}
+        (object::CSUM_TREE, item::EXTENT_CSUM) => {
+            trees.checksums.push((key.offset, body.to_vec()));
+            Ok(())
+        }
+        _ => Ok(()),
+    };
+    if let Err(reason) = result {
+        findings.add(Finding::new("item", reason).tree(tree).block(block.bytenr()).key(key));
+    }
+}
+
+/// A record that is all of an item's body.
+fn whole<T: FromBytes>(body: &[u8]) -> Result<T, String> {
+    T::read_from_bytes(body).map_err(|_| format!("has {} bytes, should have {}", body.len(), size_of::<T>()))
+}
+
+impl Trees {
+    fn root_item(&mut self, key: Key, body: &[u8]) -> Result<(), String> {
+        match key.kind {
+            item::ROOT => {
+                let (root, _) =
+                    RootItem::read_from_prefix(body).map_err(|_| format!("has only {} bytes", body.len()))?;
+                self.roots.push((TreeRoot::of(key.objectid, &root), root));
+            }
+            item::ROOT_REF | item::ROOT_BACKREF => self.root_refs.push((key, body.to_vec())),
+            _ if key.objectid == object::ROOT_TREE_DIR => self.root_directory.push((key, body.to_vec())),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn block_group(&mut self, key: Key, body: &[u8]) -> Result<(), String> {
+        let group: BlockGroupItem = whole(body)?;
+        let (used, flags) = (group.used.get(), group.flags.get());
+        self.block_groups.push(BlockGroup { start: key.objectid, length: key.offset, used, flags });
+        match group.chunk_objectid.get() {
+            object::FIRST_FREE => Ok(()),
+            other => Err(format!("chunk_objectid is {other}, should be 256")),
+        }
+    }
+}
+
+impl FreeSpace {
+    fn item(&mut self, key: Key, body: &[u8]) -> Result<(), String> {
+        match key.kind {
+            item::FREE_SPACE_INFO => self.infos.push((key.objectid, key.offset, whole(body)?)),
+            item::FREE_SPACE_EXTENT => self.runs.push((key.objectid, key.offset)),
+            item::FREE_SPACE_BITMAP => {
+                self.bitmaps.push((key.objectid, key.offset));
+                bitmap_runs(key, body, &mut self.runs)?;
+            }
+            kind => return Err(format!("an item of type {kind} has no place in the free space tree")),
+        }
+        Ok(())
     }
 }
 

@@ -26,7 +26,7 @@ use finding::Findings;
 pub use finding::{Counts, Finding, Verification};
 
 /// Verifies an image: that of a pair by both devices, a single-device seed by `virtual_image` alone, a sprouted seed by
-/// both.
+/// both. The virtual image may end where the virtual region begins.
 ///
 /// # Errors
 /// Neither copy of a superblock can be read, or the file system uses what is not known here. Everything that is wrong

@@ -2,16 +2,16 @@
 
 use zerocopy::IntoBytes;
 
+use crate::VIRTUAL_BASE;
 use crate::disk::{DevItem, SUPER_OFFSETS, SUPER_SIZE, SuperBlock, field_at, flag};
 use crate::label::read_label;
-use crate::reader::{Device, Filesystem, OpenDevice, check_superblock, read_superblock};
-use crate::{VIRTUAL_BASE, options::METADATA_BASE};
+use crate::reader::{ChunkMap, Device, Filesystem, OpenDevice, check_superblock, read_superblock};
 
 use super::finding::{Finding, Findings};
 
 pub(super) fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) {
     for open in filesystem.devices() {
-        check_copies(filesystem, open, findings);
+        check_copies(open, findings);
         check_device_item(filesystem, open, findings);
     }
     let superblock = filesystem.superblock();
@@ -39,13 +39,10 @@ pub(super) fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) {
 }
 
 /// All copies that the device has room for, or, on a virtual device with nothing below its region, the first.
-fn check_copies(filesystem: &Filesystem<'_>, open: &OpenDevice<'_>, findings: &mut Findings) {
+fn check_copies(open: &OpenDevice<'_>, findings: &mut Findings) {
     let device = open.device;
     let size = open.superblock.device.total_bytes.get();
-    let carries_trees = filesystem.chunks().iter().any(|chunk| {
-        let devid = open.superblock.device.devid;
-        chunk.logical < METADATA_BASE && chunk.stripes.iter().any(|place| place.devid == devid.get())
-    });
+    let carries_trees = carries_trees(&open.superblock);
     for (copy, offset) in SUPER_OFFSETS.into_iter().enumerate() {
         let is_seed = open.superblock.flags.get() & flag::SUPER_SEEDING != 0;
         if offset + SUPER_SIZE as u64 > size || (copy > 0 && is_seed && !carries_trees) {
@@ -71,6 +68,14 @@ fn check_copies(filesystem: &Filesystem<'_>, open: &OpenDevice<'_>, findings: &m
             });
         }
     }
+}
+
+/// Whether the chunk tree that a superblock leads to lies on its own device: not so for the seed of a pair.
+fn carries_trees(superblock: &SuperBlock) -> bool {
+    let used = (superblock.system_chunks_size.get() as usize).min(superblock.system_chunks.len());
+    let own = superblock.device.devid.get();
+    let chunks = ChunkMap::of_superblock(&superblock.system_chunks[..used]);
+    chunks.is_ok_and(|chunks| chunks.iter().any(|chunk| chunk.stripes.iter().any(|place| place.devid == own)))
 }
 
 /// Copies may differ in where they lie and, hence, in checksum.
@@ -108,8 +113,10 @@ fn check_device_item(filesystem: &Filesystem<'_>, open: &OpenDevice<'_>, finding
     if own.fsid != open.superblock.fsid {
         findings.add(Finding { reason: "differs from the superblock's".to_owned(), ..at("fsid".to_owned()) });
     }
+    // The virtual region of a seed is nobody's to read, so its image may end where that begins.
+    let needed = if is_seed { own.total_bytes.get().min(VIRTUAL_BASE) } else { own.total_bytes.get() };
     match open.device.image.length() {
-        Ok(length) if length < own.total_bytes.get() => {
+        Ok(length) if length < needed => {
             let reason = format!("is {}, but the image ends at {length}", own.total_bytes);
             findings.add(Finding { reason, ..at("total_bytes".to_owned()) });
         }
@@ -139,10 +146,7 @@ fn check_label(filesystem: &Filesystem<'_>, findings: &mut Findings) {
     let mut bytes = [0; crate::LABEL_SIZE];
     let blank = image.read_at(crate::LABEL_OFFSET, &mut bytes).is_ok() && bytes.iter().all(|&byte| byte == 0);
     // A seed sprouted by the kernel has a local device without label.
-    if blank
-        && seed.superblock.device.devid.get() == 1
-        && seed.superblock.chunk_root != local.superblock.chunk_root
-    {
+    if blank && carries_trees(&seed.superblock) {
         return;
     }
     match read_label(image) {

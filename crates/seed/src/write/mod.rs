@@ -68,11 +68,9 @@ pub struct Report {
 /// Memory: 12 bytes for each node of the largest tree and 40 for each run of a file, nothing else that grows.
 ///
 /// # Errors
-/// Options or trees that break a rule, trees that do not fit, and whatever the images return. After an error the
+/// Options or trees that break a rule, a `local` image that does not go with the layout, trees that do not fit, and
+/// whatever the images return. After an error the
 /// images' content is unspecified.
-///
-/// # Panics
-/// Never; a `local` image that does not go with the layout is an [`Error::Option`].
 pub fn write(
     options: &SeedOptions,
     subvolumes: &[Subvolume<'_>],
@@ -140,7 +138,19 @@ pub(crate) struct Plan<'a> {
     metadata_used: u64,
 }
 
-impl Plan<'_> {
+impl<'a> Plan<'a> {
+    fn new(options: &'a SeedOptions, subvolumes: &'a [Subvolume<'a>]) -> Self {
+        Plan {
+            options,
+            subvolumes,
+            identity: Identity::new(&options.identity),
+            system_length: 0,
+            system_used: 0,
+            metadata_length: u64::from(options.node_size),
+            metadata_used: 0,
+        }
+    }
+
     /// The device that carries the trees.
     fn tree_devid(&self) -> u64 {
         self.devids().end - 1
@@ -219,16 +229,8 @@ fn format(
     device: &'static str,
     end: u64,
 ) -> Result<Formatted> {
-    let identity = Identity::new(&options.identity);
-    let mut plan = Plan {
-        options,
-        subvolumes,
-        identity,
-        system_length: 0,
-        system_used: 0,
-        metadata_length: u64::from(options.node_size),
-        metadata_used: 0,
-    };
+    let mut plan = Plan::new(options, subvolumes);
+    let identity = plan.identity;
     let mut writer = Writer {
         blocks: BlockStore::new(image, device, end),
         node_size: options.node_size,
@@ -283,10 +285,7 @@ fn write_space_trees(
     end: u64,
 ) -> Result<[Root; 2]> {
     let node_size = plan.options.node_size;
-    let mut devices = superblocks::device_items(plan);
-    let chunk_tree = count(node_size, |sink| small::chunk_tree(plan, &devices, sink))?;
-    plan.system_used = chunk_tree.len() as u64 * u64::from(node_size);
-    plan.system_length = (2 * plan.system_used + SYSTEM_SPARE).next_multiple_of(MEBIBYTE);
+    let chunk_tree = plan_system_chunk(plan)?;
 
     let dev_tree = count(node_size, |sink| small::dev_tree(plan, sink))?;
     let free_space_tree = count(node_size, |sink| small::free_space_tree(plan, sink))?;
@@ -304,7 +303,7 @@ fn write_space_trees(
     census.add_own(plan, (object::ROOT_TREE, root_tree), refs)?;
     plan.metadata_used = census.metadata_blocks() * u64::from(node_size);
     plan.metadata_length = metadata_length(plan, end)?;
-    devices = superblocks::device_items(plan);
+    let devices = superblocks::device_items(plan);
 
     writer.tree(object::DEV_TREE, |sink| small::dev_tree(plan, sink))?;
     writer.tree(object::FREE_SPACE_TREE, |sink| small::free_space_tree(plan, sink))?;
@@ -317,6 +316,33 @@ fn write_space_trees(
         return Err(Error::Inconsistent("trees take other blocks than were counted".to_owned()));
     }
     Ok([chunk_tree, root_tree])
+}
+
+/// Counts the chunk tree, which sets the SYSTEM chunk's length, and returns the levels of its blocks.
+fn plan_system_chunk(plan: &mut Plan<'_>) -> Result<Vec<u8>> {
+    let node_size = plan.options.node_size;
+    let devices = superblocks::device_items(plan);
+    let levels = count(node_size, |sink| small::chunk_tree(plan, &devices, sink))?;
+    plan.system_used = levels.len() as u64 * u64::from(node_size);
+    plan.system_length = (2 * plan.system_used + SYSTEM_SPARE).next_multiple_of(MEBIBYTE);
+    Ok(levels)
+}
+
+/// The superblock at 64 KiB of the virtual device of a pair, which is all that there is below the virtual region. It
+/// depends on the options alone, so it can be had without formatting anything.
+///
+/// # Errors
+/// [`Error::Option`] for options out of range, and for another layout.
+pub fn virtual_superblock(options: &SeedOptions) -> Result<Box<[u8; SUPER_SIZE]>> {
+    options.validate()?;
+    if options.layout != Layout::Pair {
+        return Err(image_option(0, "only the virtual device of layout pair is nothing but a superblock"));
+    }
+    let mut plan = Plan::new(options, &[]);
+    plan_system_chunk(&mut plan)?;
+    let unknown = Root { bytenr: 0, level: 0, blocks: 0 };
+    let (_, seed) = superblocks::compose(&plan, unknown, unknown);
+    Ok(superblocks::to_bytes(&seed))
 }
 
 /// The length of the METADATA chunk, whose use is known.

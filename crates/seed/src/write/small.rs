@@ -143,7 +143,7 @@ pub(super) fn free_space_tree(plan: &Plan<'_>, sink: &mut dyn ItemSink) -> Resul
     Ok(())
 }
 
-/// `roots` are the trees in order of their ids; those not yet known may be missing from the map when counting.
+/// `roots` are the trees in order of their ids; what they say of places does not matter for counting.
 pub(super) fn root_tree(plan: &Plan<'_>, roots: &[(u64, Root)], sink: &mut dyn ItemSink) -> Result<()> {
     for &(id, root) in roots.iter().take_while(|(id, _)| *id <= object::FS_TREE) {
         root_item(plan, id, root, sink)?;

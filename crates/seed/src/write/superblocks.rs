@@ -6,7 +6,7 @@ use crate::builder::Root;
 use crate::disk::{
     DevItem, DiskKey, SECTOR_SIZE, SUPER_MAGIC, SUPER_OFFSETS, SUPER_SIZE, SuperBlock, flag, object,
 };
-use crate::options::GENERATION;
+use crate::options::{GENERATION, METADATA_BASE, SYSTEM_BASE};
 use crate::{Error, Image, Layout, Result};
 
 use super::Plan;
@@ -95,6 +95,9 @@ pub(super) fn compose(plan: &Plan<'_>, root: Root, chunk_root: Root) -> (Box<Sup
             (both.clone(), both)
         }
     };
+    if plan.options.layout == Layout::Pair {
+        seed_of_pair(plan, &mut seed);
+    }
     seed.device = devices[0];
     trees.device = devices[devices.len() - 1];
     for superblock in [&mut trees, &mut seed] {
@@ -102,6 +105,15 @@ pub(super) fn compose(plan: &Plan<'_>, root: Root, chunk_root: Root) -> (Box<Sup
         superblock.seal();
     }
     (trees, seed)
+}
+
+/// Nobody follows the roots of a pair's seed, so they are the same whatever the trees hold.
+fn seed_of_pair(plan: &Plan<'_>, seed: &mut SuperBlock) {
+    seed.root = METADATA_BASE.into();
+    seed.root_level = 0;
+    seed.chunk_root = SYSTEM_BASE.into();
+    seed.chunk_root_level = 0;
+    seed.bytes_used = plan.options.virtual_size.into();
 }
 
 fn incompat(plan: &Plan<'_>) -> u64 {
