@@ -69,8 +69,8 @@ pub struct Report {
 ///
 /// # Errors
 /// Options or trees that break a rule, a `local` image that does not go with the layout, trees that do not fit, and
-/// whatever the images return. After an error the
-/// images' content is unspecified.
+/// whatever the images return. After an error other than of options or subvolumes' names the images' content is
+/// unspecified.
 pub fn write(
     options: &SeedOptions,
     subvolumes: &[Subvolume<'_>],
@@ -79,9 +79,10 @@ pub fn write(
 ) -> Result<Report> {
     options.validate()?;
     check_subvolumes(subvolumes)?;
-    set_length(virtual_image, "virtual", options.virtual_device_size())?;
+    let size = options.virtual_device_size();
     match (options.layout, local) {
         (Layout::Pair, Some(local)) => {
+            set_length(virtual_image, "virtual", size)?;
             set_length(local, "local", options.local_size)?;
             let formatted = format(options, subvolumes, local, "local", options.local_size)?;
             write_image(local, "local", LABEL_OFFSET, &Label::of(options).to_block())?;
@@ -90,7 +91,7 @@ pub fn write(
             Ok(formatted.report)
         }
         (Layout::Single | Layout::MegaExtent, None) => {
-            let size = options.virtual_device_size();
+            set_length(virtual_image, "virtual", size)?;
             let formatted = format(options, subvolumes, virtual_image, "virtual", crate::VIRTUAL_BASE)?;
             superblocks::write(&formatted.superblock, virtual_image, "virtual", size)?;
             Ok(formatted.report)
