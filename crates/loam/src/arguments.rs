@@ -65,6 +65,18 @@ pub(crate) enum Command {
         /// Where to write it [default: the source's name + .loam].
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
+        /// Put this trace into it (see loam trace): hosts then fetch ahead what it names.
+        #[arg(long, value_name = "FILE")]
+        trace: Option<PathBuf>,
+    },
+    /// Print what has been read of an image, in the order of first use: for `loam index --trace` and `loam add
+    /// --prefetch`. Run a program once in a fresh mount or container, then take its trace.
+    Trace {
+        /// An image or container of the pool, or the mount point of a mounted image.
+        name: String,
+        /// Where to write it [default: standard output].
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
     /// Make an image of a source. Its files are there in seconds; their data comes as it is read.
     Add {
@@ -76,6 +88,9 @@ pub(crate) enum Command {
         /// The index, where it does not lie beside the source.
         #[arg(long, value_name = "FILE|URL")]
         index: Option<String>,
+        /// A trace of what will be read first, fetched ahead; in place of the index's own.
+        #[arg(long, value_name = "FILE")]
+        prefetch: Option<PathBuf>,
     },
     /// Make a container, a writable snapshot of an image, and print its path.
     Create {

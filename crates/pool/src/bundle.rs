@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::ExitStatus;
 
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
@@ -44,13 +47,14 @@ pub struct RunOptions {
     pub terminal: bool,
 }
 
-/// Runs the program and waits for it. The bundle is gone afterwards; the container stays.
+/// Runs the program and waits for it. The bundle is gone afterwards; the container stays. SIGINT, SIGTERM and SIGHUP go to
+/// the program; it decides what they mean.
 ///
 /// Returns the program's exit code (128 + signal when it was killed).
 ///
 /// # Errors
 /// No runtime in PATH, or the bundle cannot be written.
-pub fn run_container(directory: &PoolDirectory, options: &RunOptions) -> Result<i32> {
+pub async fn run_container(directory: &PoolDirectory, options: &RunOptions) -> Result<i32> {
     let runtime = find_runtime()?;
     let bundle = directory.bundles().join(&options.name);
     fs::create_dir_all(&bundle).step(|| format!("making bundle {}", bundle.display()))?;
@@ -58,22 +62,39 @@ pub fn run_container(directory: &PoolDirectory, options: &RunOptions) -> Result<
     let text =
         serde_json::to_vec_pretty(&runtime_config(options)).step(|| "encoding config.json".to_owned())?;
     fs::write(&config, text).step(|| format!("writing {}", config.display()))?;
-    let state = directory.run().join("oci");
-    let status = Command::new(&runtime)
-        .arg("--root")
-        .arg(&state)
-        .arg("run")
-        .arg("--bundle")
-        .arg(&bundle)
-        .arg(&options.name)
-        .stdin(Stdio::inherit())
-        .status()
-        .step(|| format!("starting {}", runtime.display()));
+    let mut command = Command::new(&runtime);
+    command.arg("--root").arg(directory.run().join("oci")).arg("run");
+    command.arg("--bundle").arg(&bundle).arg(&options.name);
+    let ended = wait_passing_signals(command, &runtime, options.terminal).await;
     let removed = fs::remove_dir_all(&bundle);
-    let status = status?;
+    let status = ended?;
     removed.step(|| format!("removing bundle {}", bundle.display()))?;
     use std::os::unix::process::ExitStatusExt;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+async fn wait_passing_signals(mut command: Command, runtime: &Path, terminal: bool) -> Result<ExitStatus> {
+    let what = || format!("running {}", runtime.display());
+    let catch = |kind| signal(kind).step(what);
+    let mut interrupts = catch(SignalKind::interrupt())?;
+    let mut terminations = catch(SignalKind::terminate())?;
+    let mut hangups = catch(SignalKind::hangup())?;
+    let mut child = command.spawn().step(what)?;
+    let pid = child.id().and_then(|pid| Pid::from_raw(pid as i32));
+    loop {
+        let passed = tokio::select! {
+            status = child.wait() => return status.step(what),
+            _ = interrupts.recv() => Signal::INT,
+            _ = terminations.recv() => Signal::TERM,
+            _ = hangups.recv() => Signal::HUP,
+        };
+        // A terminal sends these to every process in front of it by itself.
+        let already = terminal && passed != Signal::TERM;
+        if let (Some(pid), false) = (pid, already) {
+            // It may just have ended.
+            let _ = rustix::process::kill_process(pid, passed);
+        }
+    }
 }
 
 fn find_runtime() -> Result<PathBuf> {
@@ -147,9 +168,7 @@ fn mounts() -> Value {
     ])
 }
 
-/// Ends containers that are still running, so that the filesystem can be unmounted: their processes are killed and
-/// the runtime's state is removed. Used when a pool goes down after its user asked for it, for containers whose
-/// `loam run` is gone.
+/// Removes what a runtime and `loam run` keep of containers, when none can be running any more.
 pub(crate) fn remove_stale_state(directory: &PoolDirectory) -> Result<()> {
     for path in [directory.run().join("oci"), directory.bundles()] {
         remove_tree(&path)?;

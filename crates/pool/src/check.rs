@@ -68,13 +68,10 @@ fn seed(directory: &PoolDirectory, config: &Config, checked: &mut Checked) -> Re
     let path = directory.virtual_image();
     let virtual_image = File::open(&path).step(|| format!("opening {}", path.display()))?;
     let (LocalDevice::File(local) | LocalDevice::Block(local)) = &config.local;
-    let local_image = match config.layout {
-        Layout::Pair => Some(File::open(local).step(|| format!("opening {}", local.display()))?),
-        // Once sprouted, the trees are the kernel's; the seed itself never changes.
-        Layout::Single | Layout::MegaExtent => None,
-    };
-    let length = loam_seed::VIRTUAL_BASE + config.virtual_size;
-    let virtual_image = Lengthened { file: virtual_image, length };
+    // A seed of one device has none before it is sprouted.
+    let whole = config.layout == Layout::Pair || kernel::has_superblock(local)?;
+    let local_image =
+        whole.then(|| File::open(local)).transpose().step(|| format!("opening {}", local.display()))?;
     let report =
         loam_seed::verify(&virtual_image, local_image.as_ref().map(|file| file as &dyn loam_seed::ReadAt));
     match report {
@@ -85,26 +82,6 @@ fn seed(directory: &PoolDirectory, config: &Config, checked: &mut Checked) -> Re
         Err(error) => checked.find("seed", error.to_string()),
     }
     Ok(())
-}
-
-/// The virtual image as long as the device that it stands for: the file ends where the virtual region begins.
-struct Lengthened {
-    file: File,
-    length: u64,
-}
-
-impl loam_seed::ReadAt for Lengthened {
-    fn length(&self) -> std::io::Result<u64> {
-        Ok(self.length)
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        let end = self.file.metadata()?.len();
-        let inside = end.saturating_sub(offset).min(buffer.len() as u64) as usize;
-        let (file, beyond) = buffer.split_at_mut(inside);
-        beyond.fill(0);
-        std::os::unix::fs::FileExt::read_exact_at(&self.file, file, offset)
-    }
 }
 
 /// Checks the map's contents: descriptions, indexes, and with `read_data` every cached block.
@@ -135,8 +112,11 @@ pub(crate) async fn contents(
         };
         checked.count("contents", 1);
         if read_data {
-            let report =
-                device.check(false).await.step(|| format!("checking the cache of {}", spec.source()))?;
+            let report = device
+                .device()
+                .check(false)
+                .await
+                .step(|| format!("checking the cache of {}", spec.source()))?;
             checked.count("cached chunks", report.chunks);
             checked.count("cached bytes", report.bytes);
             for chunk in &report.bad {

@@ -10,7 +10,7 @@ use crate::directory::{PoolDirectory, write_atomic};
 use crate::error::{Context, Error, Result};
 
 /// The pool format that this build writes and the newest that it reads.
-pub const POOL_FORMAT: u32 = 1;
+pub(crate) const POOL_FORMAT: u32 = 1;
 
 /// What the pool is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,17 +2,19 @@
 //! when it is first read. A content's description never changes; neither do its bytes.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use loam_block::{BlockDevice, ErrorKind, Io};
-use loam_content::{Cache, CachedDevice, ChunkSource, Digest, HttpClient, Importer, Pin, WholeSource};
+use loam_content::{Cache, ChunkSource, Digest, HttpClient, Pin, WholeSource};
 use loam_image::{ImageSource, Index};
-use loam_space::{ContentId, Map, Range, Resolver};
+use loam_space::{ContentId, Map, Resolver};
 use serde::{Deserialize, Serialize};
 
 use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
 use crate::indexes;
+use crate::trace::Traced;
 
 /// Bytes of a chunk of a file or URL that has no index.
 const WHOLE_CHUNK_BYTES: u32 = 64 << 10;
@@ -79,7 +81,7 @@ pub(crate) struct Contents {
     directory: PoolDirectory,
     cache: Cache,
     http: HttpClient,
-    devices: Mutex<HashMap<ContentId, CachedDevice>>,
+    devices: Mutex<HashMap<ContentId, Arc<Traced>>>,
 }
 
 impl Contents {
@@ -96,37 +98,41 @@ impl Contents {
         &self.cache
     }
 
-    /// The device of a content.
-    pub(crate) async fn device(&self, id: ContentId, spec: &ContentSpec) -> Result<CachedDevice> {
+    /// The device of a content. The first time, what its index says will be read first begins to be fetched.
+    pub(crate) async fn device(&self, id: ContentId, spec: &ContentSpec) -> Result<Arc<Traced>> {
         if let Some(device) = self.known().get(&id) {
             return Ok(device.clone());
         }
-        let source: Arc<dyn ChunkSource> = match spec {
-            ContentSpec::Image { index, source } => {
+        match spec {
+            ContentSpec::Image { index, .. } => {
                 let (directory, digest) = (self.directory.clone(), *index);
                 let index = tokio::task::spawn_blocking(move || indexes::load(&directory, &digest))
                     .await
                     .step(|| format!("index {digest}"))??;
-                Arc::new(self.open_image(index, source).await?)
+                self.open_image(id, spec, &index).await
             }
             ContentSpec::Bytes { source, pin } => {
+                let what = || format!("opening {source}");
                 let url = indexes::parse_location(source)?;
-                let bytes = loam_content::open(&self.http, &url, Some(pin))
-                    .await
-                    .step(|| format!("opening {source}"))?;
-                Arc::new(WholeSource::new(bytes, WHOLE_CHUNK_BYTES).step(|| format!("opening {source}"))?)
+                let bytes = loam_content::open(&self.http, &url, Some(pin)).await.step(what)?;
+                let source = WholeSource::new(bytes, WHOLE_CHUNK_BYTES).step(what)?;
+                self.insert(id, spec, Arc::new(source), Vec::new())
             }
-        };
-        self.insert(id, spec, source)
+        }
     }
 
-    /// Makes the device of a content whose source is at hand already.
-    pub(crate) fn insert(
+    /// The device of a content if somebody has read it already.
+    pub(crate) fn opened(&self, id: ContentId) -> Option<Arc<Traced>> {
+        self.known().get(&id).cloned()
+    }
+
+    fn insert(
         &self,
         id: ContentId,
         spec: &ContentSpec,
         source: Arc<dyn ChunkSource>,
-    ) -> Result<CachedDevice> {
+        trace: Vec<Range<u64>>,
+    ) -> Result<Arc<Traced>> {
         let mut known = self.known();
         if let Some(device) = known.get(&id) {
             return Ok(device.clone());
@@ -135,38 +141,38 @@ impl Contents {
             .cache
             .device(&spec.cache_key(id), source)
             .step(|| format!("opening the cache of {}", spec.source()))?;
-        known.insert(id, device.clone());
-        Ok(device)
+        if !trace.is_empty() {
+            let (device, source) = (device.clone(), spec.source().to_owned());
+            tokio::spawn(async move {
+                if let Err(error) = device.replay(&trace).await {
+                    tracing::warn!(source, "fetching ahead by the trace ended early: {error}");
+                }
+            });
+        }
+        let traced = Arc::new(Traced::new(device));
+        known.insert(id, traced.clone());
+        Ok(traced)
     }
 
-    /// The chunks of an image. Nothing is asked of a source on the network before its data is read: the index says how
-    /// long it is, and what its bytes are.
-    async fn open_image(&self, index: Index, source: &str) -> Result<ImageSource> {
-        let spec = indexes::parse_source(source)?;
-        ImageSource::open(Arc::new(index), &spec, &self.http).await.step(|| format!("opening {source}"))
-    }
-
-    /// Makes the device of an image whose index is at hand, with what was cached of it while it was read through.
-    pub(crate) async fn take_in(
+    /// Opens an image whose index is at hand. Nothing is asked of a source on the network before its data is read: the
+    /// index says how long it is, and what its bytes are.
+    pub(crate) async fn open_image(
         &self,
         id: ContentId,
         spec: &ContentSpec,
         index: &Index,
-        import: Option<Importer>,
-    ) -> Result<()> {
-        if let Some(import) = import {
-            import
-                .finish(&self.cache, &spec.cache_key(id), index.content_length())
-                .step(|| format!("caching {}", spec.source()))?;
-        }
-        let source = self.open_image(index.clone(), spec.source()).await?;
-        self.insert(id, spec, Arc::new(source)).map(drop)
+    ) -> Result<Arc<Traced>> {
+        let what = || format!("opening {}", spec.source());
+        let source = indexes::parse_source(spec.source())?;
+        let chunks = ImageSource::open(Arc::new(index.clone()), &source, &self.http).await.step(what)?;
+        self.insert(id, spec, Arc::new(chunks), index.trace().to_vec())
     }
 
     /// Gives back the cached chunks of a content, pinned ones too; they are fetched again if they are read again.
     pub(crate) async fn drop_chunks(self: &Arc<Self>, id: ContentId, spec: &ContentSpec) -> Result<()> {
         let what = || format!("evicting {}", spec.source());
-        let device = self.device(id, spec).await?;
+        let traced = self.device(id, spec).await?;
+        let device = traced.device();
         let whole = 0..device.source().length();
         device.unpin(&[whole]).await.step(what)?;
         let (contents, key) = (self.clone(), spec.cache_key(id));
@@ -182,7 +188,7 @@ impl Contents {
         found.map_or(0, |place| contents[place].1)
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<ContentId, CachedDevice>> {
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<ContentId, Arc<Traced>>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -192,7 +198,7 @@ impl Resolver for Contents {
         Io::pending(async move {
             let resolved = async { self.device(content, &ContentSpec::decode(spec)?).await };
             match resolved.await {
-                Ok(device) => Ok(Arc::new(device) as Arc<dyn BlockDevice>),
+                Ok(device) => Ok(device as Arc<dyn BlockDevice>),
                 Err(error) => Err(loam_block::Error::new(ErrorKind::Unavailable, error.chain())),
             }
         })
@@ -201,7 +207,7 @@ impl Resolver for Contents {
 
 /// The range of a content, which is given one now if it is not in the map yet. Contents are told apart by their whole
 /// description: the same index from the same source is the same content.
-pub(crate) fn place(map: &Map, spec: &ContentSpec, length: u64) -> Result<(ContentId, Range)> {
+pub(crate) fn place(map: &Map, spec: &ContentSpec, length: u64) -> Result<(ContentId, loam_space::Range)> {
     let encoded = spec.encode()?;
     if let Some(range) = find(map, &encoded) {
         return Ok((range.content, range));
@@ -212,7 +218,7 @@ pub(crate) fn place(map: &Map, spec: &ContentSpec, length: u64) -> Result<(Conte
     Ok((id, range))
 }
 
-fn find(map: &Map, encoded: &[u8]) -> Option<Range> {
+fn find(map: &Map, encoded: &[u8]) -> Option<loam_space::Range> {
     let (id, _) = map.contents().into_iter().find(|(_, known)| known == encoded)?;
     map.ranges().find(|range| range.content == id)
 }

@@ -42,6 +42,10 @@ pub(crate) async fn add(pool: &Arc<Pool>, request: &AddRequest, watch: Arc<dyn W
         return Err(Error::Interrupted(format!("adding {}", request.name)));
     }
     let Obtained { index, import, wire_bytes } = obtained;
+    let index = match &request.prefetch {
+        Some(text) => indexes::with_trace(&index, text, watch.as_ref())?,
+        None => index,
+    };
     let placed = place_content(pool, &source, &index, import).await?;
     let creating = Instant::now();
     let record = ImageRecord {
@@ -85,7 +89,12 @@ async fn place_content(
     }
     let spec = ContentSpec::Image { index: index.digest(), source: source.to_string() };
     let (id, range) = place(pool.map(), &spec, index.content_length())?;
-    pool.contents().take_in(id, &spec, index, import).await?;
+    if let Some(import) = import {
+        import
+            .finish(pool.contents().cache(), &spec.cache_key(id), index.content_length())
+            .step(|| format!("caching {source}"))?;
+    }
+    pool.contents().open_image(id, &spec, index).await?;
     Ok(Placed { content: Some(id.0), address: range.start.0, length: range.length })
 }
 

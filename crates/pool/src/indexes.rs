@@ -144,6 +144,18 @@ async fn build(
     loam_image::build(source, &options, sink).await.step(|| format!("reading {source}"))
 }
 
+/// An index with a trace in place of its own. Paths that it does not have are told and left out: a trace outlives the
+/// build that it was recorded on.
+pub(crate) fn with_trace(index: &Index, text: &str, watch: &dyn Watch) -> Result<Index> {
+    let traced = loam_image::trace::from_text(index, text).step(|| "the trace".to_owned())?;
+    if let Some(first) = traced.unknown.first() {
+        let count = traced.unknown.len();
+        watch.note(format!("the trace names {count} files that the image does not have, such as {first}"));
+    }
+    let bytes = index.with_trace(&traced.runs).step(|| "the trace".to_owned())?;
+    Index::open(bytes).step(|| "the trace".to_owned())
+}
+
 /// Where the pool keeps an index.
 pub(crate) fn path_of(directory: &PoolDirectory, digest: &Digest) -> PathBuf {
     directory.indexes().join(format!("{digest}{SUFFIX}"))
@@ -224,11 +236,17 @@ pub struct IndexMade {
 }
 
 /// Makes the index of a source and writes it, atomically, to `output`, or where `add` and `mount` will look for it; the
-/// index of something on the network goes to the current directory under that name.
+/// index of something on the network goes to the current directory under that name. `trace` names a file that `loam trace`
+/// wrote.
 ///
 /// # Errors
 /// What is wrong with the source; what keeps the file from being written.
-pub async fn make_index(source: &str, output: Option<PathBuf>, watch: Arc<dyn Watch>) -> Result<IndexMade> {
+pub async fn make_index(
+    source: &str,
+    output: Option<PathBuf>,
+    trace: Option<&Path>,
+    watch: Arc<dyn Watch>,
+) -> Result<IndexMade> {
     let started = Instant::now();
     let spec = parse_source(source)?;
     let output = match (output, beside(&spec)) {
@@ -236,13 +254,18 @@ pub async fn make_index(source: &str, output: Option<PathBuf>, watch: Arc<dyn Wa
         (None, _) => PathBuf::from(format!("{}{SUFFIX}", spec.blob_name())),
     };
     let http = HttpClient::new(HttpOptions::default()).step(|| "setting up HTTP".to_owned())?;
-    let built = build(&spec, None, &http, watch).await?;
+    let built = build(&spec, None, &http, watch.clone()).await?;
+    let mut index = Index::open(built.index).step(|| format!("index of {source}"))?;
+    if let Some(path) = trace {
+        let text = std::fs::read_to_string(path).step(|| format!("reading {}", path.display()))?;
+        index = with_trace(&index, &text, watch.as_ref())?;
+    }
     let output = absolute(&output)?;
-    write_atomic(&output, &built.index)?;
+    write_atomic(&output, index.as_bytes())?;
     Ok(IndexMade {
-        digest: Digest::of(&built.index).to_string(),
+        digest: index.digest().to_string(),
         index: output,
-        index_bytes: built.report.index_bytes,
+        index_bytes: index.as_bytes().len() as u64,
         source_bytes: built.report.source_bytes,
         files: built.report.entries,
         elapsed_ns: started.elapsed().as_nanos() as u64,

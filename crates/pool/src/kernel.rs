@@ -125,7 +125,8 @@ pub(crate) fn unmount(mount_point: &Path) -> Result<()> {
     })
 }
 
-fn has_superblock(device: &Path) -> Result<bool> {
+/// Whether a local device belongs to a filesystem yet.
+pub(crate) fn has_superblock(device: &Path) -> Result<bool> {
     const MAGIC_OFFSET: u64 = (64 << 10) + 64;
     let what = || format!("reading {}", device.display());
     let mut magic = [0; 8];

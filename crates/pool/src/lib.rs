@@ -29,6 +29,7 @@ mod pins;
 pub mod protocol;
 mod ranges;
 mod state;
+mod trace;
 
 pub use bundle::{RunOptions, run_container};
 pub use busy::{Holder, holders};
@@ -42,5 +43,5 @@ pub use error::{Error, Result};
 pub use format::{InitOptions, Made, init, random_identity};
 pub use indexes::{IndexMade, Watch, absolute_location, absolute_source, make_index};
 pub use launch::{UpOptions, UpOutcome, down, holder_main, status, up};
-pub use mounts::{MountOptions, MountReport, mount_image, unmount_image};
+pub use mounts::{MountOptions, MountReport, directory_of_mount, mount_image, unmount_image};
 pub use ranges::clone_range;

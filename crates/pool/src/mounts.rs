@@ -12,7 +12,7 @@ use loam_seed::{FileTree, Layout, NodeKind, Subvolume};
 use serde::Serialize;
 
 use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose, TransportChoice};
-use crate::content::{ContentSpec, Contents, place};
+use crate::content::{ContentSpec, place};
 use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
 use crate::format::{format_filesystem, format_virtual_only, make_directories, make_map, random_identity};
@@ -91,8 +91,8 @@ pub async fn mount_image(
     let index_ns = started.elapsed().as_nanos() as u64;
     let (bytes, config) = format(&directory, options, &mount, &index)?;
     let format_ns = started.elapsed().as_nanos() as u64 - index_ns;
-    let contents = Contents::new(&directory, cache, http);
-    make_content(&directory, &config, options, contents, &index, import).await?;
+    make_content(&directory, &config, options, &cache, &index, import)?;
+    drop(cache);
     config.save(&directory)?;
     let up_options =
         UpOptions { transport: options.transport, foreground: options.foreground, ..UpOptions::default() };
@@ -146,6 +146,16 @@ fn directory_of(parent: &PoolDirectory, mount: &Path) -> Result<PoolDirectory> {
     use std::os::unix::ffi::OsStrExt;
     let name = blake3::hash(mount.as_os_str().as_bytes()).to_hex();
     PoolDirectory::new(&parent.mounts().join(&name[..16]))
+}
+
+/// The pool directory of the image that is mounted at a place; `None` when loam has mounted none there.
+///
+/// # Errors
+/// A path that cannot be resolved.
+pub fn directory_of_mount(parent: &PoolDirectory, mount: &Path) -> Result<Option<PoolDirectory>> {
+    let canonical = mount.canonicalize().step(|| format!("mount point {}", mount.display()))?;
+    let directory = directory_of(parent, &canonical)?;
+    Ok(directory.exists().then_some(directory))
 }
 
 /// What a crash left of an earlier mount at the same place is removed; a living one is refused.
@@ -234,11 +244,11 @@ fn reusable(path: &Path, digest: [u8; 32]) -> Result<Option<([u8; 32], u64)>> {
 }
 
 /// Makes index, map and cached content, so that address 0 is the first byte of the image's content.
-async fn make_content(
+fn make_content(
     directory: &PoolDirectory,
     config: &Config,
     options: &MountOptions,
-    contents: Contents,
+    cache: &Cache,
     index: &Index,
     import: Option<Importer>,
 ) -> Result<()> {
@@ -250,7 +260,12 @@ async fn make_content(
     let spec = ContentSpec::Image { index: index.digest(), source: options.source.clone() };
     let (id, range) = place(&map, &spec, index.content_length())?;
     debug_assert_eq!(range.start.0, 0, "the first range of an empty map");
-    contents.take_in(id, &spec, index, import).await
+    match import {
+        Some(import) => import
+            .finish(cache, &spec.cache_key(id), index.content_length())
+            .step(|| format!("caching {}", options.source)),
+        None => Ok(()),
+    }
 }
 
 /// Unmounts what [`mount_image`] mounted and forgets it; also when its daemon is dead.
@@ -258,12 +273,10 @@ async fn make_content(
 /// # Errors
 /// [`Error::Busy`]: it stays mounted then. Nothing of loam's at that place.
 pub async fn unmount_image(parent: &PoolDirectory, mount: &Path) -> Result<()> {
-    let canonical = mount.canonicalize().step(|| format!("mount point {}", mount.display()))?;
-    let directory = directory_of(parent, &canonical)?;
-    if !directory.exists() {
-        return Err(Error::step(canonical.display().to_string(), "no image is mounted there by loam")
+    let Some(directory) = directory_of_mount(parent, mount)? else {
+        return Err(Error::step(mount.display().to_string(), "no image is mounted there by loam")
             .with_hint("loam mount SOURCE DIR mounts one; a pool is taken down by loam down"));
-    }
+    };
     down(&directory).await?;
     fs::remove_dir_all(directory.root()).step(|| format!("removing {}", directory.root().display()))
 }

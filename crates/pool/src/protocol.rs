@@ -158,6 +158,9 @@ pub struct AddRequest {
     pub source: String,
     /// Where its index is, if not beside the source.
     pub index: Option<String>,
+    /// A trace, as text, in place of the index's own: what to fetch ahead.
+    #[serde(default)]
+    pub prefetch: Option<String>,
 }
 
 /// A line of the answer to a long request: any number of `progress`, then one `done` or `failed`.
@@ -250,6 +253,15 @@ pub struct Pinned {
     pub pinned_bytes: u64,
     /// Bytes that were fetched for it.
     pub fetched_bytes: u64,
+}
+
+/// `GET /trace/NAME`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Trace {
+    /// What was read first, in order, in the text form that `loam index --trace` takes.
+    pub trace: String,
+    /// How many runs that is.
+    pub runs: u64,
 }
 
 /// `POST /evict`.

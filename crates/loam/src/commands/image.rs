@@ -1,22 +1,30 @@
 //! Images and containers: `index`, `add`, `create`, `run`, `ls`, `show`, `rm`, `pin`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use loam_pool::RunOptions;
+use anyhow::Context as _;
+
 use loam_pool::protocol::{
     AddRequest, Added, ContainerStatus, CreateRequest, ImageStatus, Lazy, Listing, PinRequest, Pinned, Shown,
+    Trace,
 };
+use loam_pool::{Client, RunOptions};
 
 use super::Context;
 use crate::arguments::Run;
 use crate::output::{self, seconds, size};
 use crate::progress::Bar;
 
-pub(crate) async fn index(context: &Context, source: &str, output: Option<PathBuf>) -> anyhow::Result<()> {
+pub(crate) async fn index(
+    context: &Context,
+    source: &str,
+    output: Option<PathBuf>,
+    trace: Option<PathBuf>,
+) -> anyhow::Result<()> {
     let bar = Bar::new(context.json);
-    let made = loam_pool::make_index(source, output, bar.clone()).await;
+    let made = loam_pool::make_index(source, output, trace.as_deref(), bar.clone()).await;
     bar.finish();
     output::print(context.json, &made?, |made| {
         format!(
@@ -31,17 +39,39 @@ pub(crate) async fn index(context: &Context, source: &str, output: Option<PathBu
     })
 }
 
+pub(crate) async fn trace(context: &Context, name: &str, output: Option<PathBuf>) -> anyhow::Result<()> {
+    let mounted = if Path::new(name).is_dir() {
+        loam_pool::directory_of_mount(&context.directory, Path::new(name))?
+    } else {
+        None
+    };
+    let found: Trace = match mounted {
+        Some(directory) => Client::new(&directory).get("/trace/image").await?,
+        None => context.client.get(&format!("/trace/{}", url_safe(name)?)).await?,
+    };
+    match output {
+        Some(path) => {
+            std::fs::write(&path, &found.trace).with_context(|| format!("writing {}", path.display()))
+        }
+        None => output::print(context.json, &found, |found| found.trace.clone()),
+    }
+}
+
 pub(crate) async fn add(
     context: &Context,
     name: String,
     source: String,
     index: Option<String>,
+    prefetch: Option<PathBuf>,
 ) -> anyhow::Result<()> {
+    let read =
+        |path: PathBuf| std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()));
+    let prefetch = prefetch.map(read).transpose()?;
     let source = loam_pool::absolute_source(&source)?;
     let index = index.map(|index| loam_pool::absolute_location(&index)).transpose()?;
     let bar = Bar::new(context.json);
     let added: loam_pool::Result<Added> =
-        context.client.job("/images", &AddRequest { name, source, index }, bar.as_ref()).await;
+        context.client.job("/images", &AddRequest { name, source, index, prefetch }, bar.as_ref()).await;
     bar.finish();
     output::print(context.json, &added?, |added| {
         format!(
@@ -81,8 +111,7 @@ pub(crate) async fn run(context: &Context, options: Run) -> anyhow::Result<ExitC
         command: options.command,
         terminal: std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
     };
-    let directory = context.directory.clone();
-    let ended = tokio::task::spawn_blocking(move || loam_pool::run_container(&directory, &run)).await?;
+    let ended = loam_pool::run_container(&context.directory, &run).await;
     if !options.keep {
         context.client.delete(&format!("/names/{name}")).await?;
     }

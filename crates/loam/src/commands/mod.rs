@@ -35,6 +35,10 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
+        // A program in a container gets the signals itself, and what it made is cleaned up behind it.
+        if let Command::Run(options) = command {
+            return image::run(&context, options).await;
+        }
         tokio::select! {
             result = asynchronous(&context, command) => result,
             () = interrupted() => Err(loam_pool::Error::Interrupted("loam".into()).into()),
@@ -44,7 +48,6 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run(options) => return image::run(context, options).await,
         Command::Check { read_data } => return pool::check(context, read_data).await,
         Command::Mount(options) => mount::mount(context, options).await?,
         Command::Umount { directory } => mount::umount(context, &directory).await?,
@@ -52,8 +55,11 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Up(options) => pool::up(context, options).await?,
         Command::Down => pool::down(context).await?,
         Command::Status => pool::status(context).await?,
-        Command::Index { source, output } => image::index(context, &source, output).await?,
-        Command::Add { name, source, index } => image::add(context, name, source, index).await?,
+        Command::Index { source, output, trace } => image::index(context, &source, output, trace).await?,
+        Command::Trace { name, output } => image::trace(context, &name, output).await?,
+        Command::Add { name, source, index, prefetch } => {
+            image::add(context, name, source, index, prefetch).await?;
+        }
         Command::Create { name, image } => image::create(context, name, image).await?,
         Command::Ls => image::list(context).await?,
         Command::Show { name } => image::show(context, &name).await?,

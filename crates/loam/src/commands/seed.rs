@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 use anyhow::Context as _;
 use loam_image::{Index, LoadedTree};
 use loam_pool::protocol::{Checked, Finding};
-use loam_seed::{Layout, SeedOptions, Subvolume, Timestamp};
+use loam_seed::{Layout, SeedOptions, Subvolume, Timestamp, TreeFilter};
 use serde::Serialize;
 
 use super::Context;
@@ -19,7 +19,7 @@ pub(crate) fn run(context: &Context, command: Seed) -> anyhow::Result<()> {
     match command {
         Seed::Make(options) => make(context, options),
         Seed::Verify { r#virtual, local } => verify(context, &r#virtual, local.as_deref()),
-        Seed::Inspect { tree, file } => inspect(tree.as_deref(), &file),
+        Seed::Inspect { tree, file } => inspect(context, tree.as_deref(), &file),
     }
 }
 
@@ -131,10 +131,26 @@ fn verify(context: &Context, virtual_path: &Path, local_path: Option<&Path>) -> 
     Ok(())
 }
 
-fn inspect(tree: Option<&str>, path: &Path) -> anyhow::Result<()> {
+fn inspect(context: &Context, tree: Option<&str>, path: &Path) -> anyhow::Result<()> {
+    let invalid = |why| loam_pool::Error::Invalid { what: "--tree".into(), why };
+    let filter: TreeFilter = tree.map_or(Ok(TreeFilter::All), str::parse).map_err(invalid)?;
     let image = open(path)?;
     let mut out = BufWriter::new(std::io::stdout().lock());
-    let _ = (tree, &image);
-    out.flush()?;
-    Ok(())
+    let mut closed = false;
+    let shown = loam_seed::inspect(&[("image", &image)], filter, &mut |record| {
+        let written = if context.json {
+            serde_json::to_writer(&mut out, record).map_err(std::io::Error::from).and_then(|()| writeln!(out))
+        } else {
+            writeln!(out, "{record}")
+        };
+        closed |= written.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe);
+        written
+    });
+    match shown {
+        // A reader that has seen enough is no error.
+        _ if closed => Ok(()),
+        shown => {
+            shown.with_context(|| format!("inspecting {}", path.display())).and_then(|()| Ok(out.flush()?))
+        }
+    }
 }

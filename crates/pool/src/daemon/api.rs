@@ -34,6 +34,7 @@ pub(super) fn router(pool: Arc<Pool>) -> Router {
         .route("/images", post(add))
         .route("/containers", post(create))
         .route("/names/{name}", get(show).delete(remove))
+        .route("/trace/{name}", get(trace))
         .route("/pin", post(pin))
         .route("/evict", post(evict))
         .route("/ranges", get(ranges).post(add_range))
@@ -98,6 +99,10 @@ async fn create(
 
 async fn show(State(pool): State<Arc<Pool>>, Path(name): Path<String>) -> Answer<crate::protocol::Shown> {
     blocking(pool, move |pool| pool.show(&name)).await
+}
+
+async fn trace(State(pool): State<Arc<Pool>>, Path(name): Path<String>) -> Answer<crate::protocol::Trace> {
+    blocking(pool, move |pool| pool.trace(&name)).await
 }
 
 async fn remove(State(pool): State<Arc<Pool>>, Path(name): Path<String>) -> Answer<()> {

@@ -20,9 +20,10 @@ use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
 
+use crate::busy::holders;
 use crate::catalog::Catalog;
 use crate::config::{Config, LocalDevice, Purpose, UnmappedChoice};
-use crate::content::Contents;
+use crate::content::{ContentSpec, Contents};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::kernel;
@@ -119,11 +120,6 @@ impl Pool {
         let device = virtual_device(directory, &space)?;
         let (attachment, state) = attach(directory, &config, options, device, &store)?;
         let local = attach_local(&config)?;
-        let local_path = match (&config.local, &local) {
-            (LocalDevice::Block(path), _) => path.clone(),
-            (LocalDevice::File(_), Some(local)) => local.device_path(),
-            (LocalDevice::File(path), None) => path.clone(),
-        };
         let pool = Pool {
             directory: directory.clone(),
             map,
@@ -140,7 +136,10 @@ impl Pool {
             config,
             _lock: lock,
         };
-        if let Err(error) = pool.mount_filesystem(&local_path) {
+        if pool.config.purpose == Purpose::Mount {
+            pool.open_contents();
+        }
+        if let Err(error) = pool.mount_filesystem() {
             // Nothing was mounted, so nothing may stay attached.
             pool.detach()?;
             return Err(error);
@@ -148,8 +147,21 @@ impl Pool {
         Ok(pool)
     }
 
-    fn mount_filesystem(&self, local_device: &Path) -> Result<()> {
-        kernel::mount_pool(&self.config, &self.state.device, local_device, &self.state.mount)?;
+    /// Opens contents before anybody reads them, so that what their traces name is on its way while the kernel mounts.
+    fn open_contents(&self) {
+        for (id, spec) in self.map.contents() {
+            let contents = self.contents.clone();
+            tokio::spawn(async move {
+                let opened = async { contents.device(id, &ContentSpec::decode(&spec)?).await };
+                if let Err(error) = opened.await {
+                    tracing::warn!("opening content {id}: {}", error.chain());
+                }
+            });
+        }
+    }
+
+    fn mount_filesystem(&self) -> Result<()> {
+        kernel::mount_pool(&self.config, &self.state.device, &self.local_device(), &self.state.mount)?;
         if self.config.purpose == Purpose::Pool {
             let catalog = Catalog::open(&self.state.mount, self.config.virtual_size)?;
             for removed in catalog.mend()? {
@@ -226,17 +238,31 @@ impl Pool {
 
     /// Unmounts and detaches everything; when something is busy, says what, and goes on as before.
     fn unmount(&self) -> Result<()> {
-        let devices = [self.state.device.as_path()];
-        let mut paths = devices.to_vec();
-        let local = lock_of(&self.local).as_ref().map(FileAttachment::device_path);
-        paths.extend(local.as_deref());
-        if let LocalDevice::Block(path) = &self.config.local {
-            paths.push(path);
-        }
-        if kernel::is_mounted(&self.state.mount, &paths)? {
+        if kernel::is_mounted(&self.state.mount, &[&self.state.device, &self.local_device()])? {
             kernel::unmount(&self.state.mount)?;
         }
-        self.detach()
+        match self.detach() {
+            Err(Error::Busy { path, .. }) => {
+                // Somebody's mount namespace has a copy of the mount, so the filesystem lives on: it gets its place
+                // back, and whoever reads it goes on reading.
+                kernel::mount_pool(
+                    &self.config,
+                    &self.state.device,
+                    &self.local_device(),
+                    &self.state.mount,
+                )?;
+                Err(Error::Busy { holders: holders(&path), path })
+            }
+            detached => detached,
+        }
+    }
+
+    /// The local block device.
+    fn local_device(&self) -> PathBuf {
+        match (&self.config.local, lock_of(&self.local).as_ref()) {
+            (LocalDevice::File(_), Some(local)) => local.device_path(),
+            (LocalDevice::File(path) | LocalDevice::Block(path), _) => path.clone(),
+        }
     }
 
     fn detach(&self) -> Result<()> {

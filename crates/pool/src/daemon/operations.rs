@@ -7,12 +7,13 @@ use loam_space::ContentId;
 
 use super::{Pool, lock_of};
 use crate::catalog::{ContainerRecord, ImageRecord, Kind};
+use crate::config::Purpose;
 use crate::content::{ContentSpec, place};
 use crate::error::{Context, Error, Result};
 use crate::indexes::{self, Watch};
 use crate::protocol::{
     AddRangeRequest, AddRequest, Added, CacheStatus, Checked, ContainerStatus, CreateRequest, DaemonStatus,
-    Evicted, Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, VirtualStatus,
+    Evicted, Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, Trace, VirtualStatus,
 };
 use crate::{check, containers, images, pins};
 
@@ -173,7 +174,8 @@ impl Pool {
         let digest = record.index.parse().step(|| format!("the record of image {image}"))?;
         let index = indexes::load(&self.directory, &digest)?;
         let (ranges, pinned_bytes) = pins::ranges_of(&index, &request.paths)?;
-        let device = self.contents.device(id, &self.spec(id)?).await?;
+        let traced = self.contents.device(id, &self.spec(id)?).await?;
+        let device = traced.device();
         let before = self.contents.cache().stats().fetched_bytes;
         let told = move |progress: loam_content::Progress| {
             watch.progress("fetching", progress.done_bytes, progress.total_bytes, "bytes");
@@ -181,6 +183,24 @@ impl Pool {
         device.pin(&ranges, &told).await.step(|| format!("pinning {}", request.name))?;
         let fetched_bytes = self.contents.cache().stats().fetched_bytes - before;
         Ok(Pinned { name: request.name.clone(), pinned_bytes, fetched_bytes })
+    }
+
+    /// What was read first of an image since the daemon started, as text; of a single mounted image without a name.
+    pub(crate) fn trace(&self, name: &str) -> Result<Trace> {
+        let content = match self.config.purpose {
+            Purpose::Mount => self.map.contents().first().map(|(id, _)| *id),
+            Purpose::Pool => self.image_of(name)?.1.content.map(ContentId),
+        };
+        let Some((id, traced)) = content.and_then(|id| Some((id, self.contents.opened(id)?))) else {
+            return Ok(Trace { trace: String::new(), runs: 0 });
+        };
+        let ContentSpec::Image { index, .. } = self.spec(id)? else {
+            return Ok(Trace { trace: String::new(), runs: 0 });
+        };
+        let runs = traced.runs();
+        let index = indexes::load(&self.directory, &index)?;
+        let trace = loam_image::trace::to_text(&index, &runs).step(|| format!("the trace of {name}"))?;
+        Ok(Trace { trace, runs: runs.len() as u64 })
     }
 
     /// Evicts until at most `keep_bytes` are left.
