@@ -60,6 +60,22 @@ pub enum Error {
         /// Version that this code reads.
         supported: u32,
     },
+    /// A line of a trace's text that says nothing usable.
+    #[error("trace, line {line}: {reason}; correct or delete the line, or record the trace anew")]
+    Trace {
+        /// Counted from 1, the line with the version.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A trace's text is of a version that this program does not know.
+    #[error("trace: format version {found}; this program reads version {supported}: use a newer loam")]
+    TraceVersion {
+        /// Version in the first line.
+        found: u32,
+        /// Version that this code reads.
+        supported: u32,
+    },
     /// A file was not the same after reading as before.
     #[error("{}: changed while it was read; index a directory that nobody writes to", path.display())]
     Changed {

@@ -2,7 +2,8 @@
 //! data.
 //!
 //! [`build`] reads a source once, forwards, and makes an [`Index`]: the tree with all metadata, where each file's bytes
-//! lie, and a digest for every chunk of the content (the byte map is `docs/formats/index.md`).
+//! lie, and a digest for every chunk of the content (the byte map is `docs/formats/index.md`). [`trace`] keeps what a run
+//! read first as text that outlives one index.
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
@@ -16,9 +17,11 @@ mod feed;
 pub mod index;
 mod layout;
 mod loaded;
+mod path;
 mod source;
 mod spec;
 mod tar;
+pub mod trace;
 mod tree;
 mod walk;
 

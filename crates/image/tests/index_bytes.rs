@@ -2,11 +2,13 @@
 
 mod common;
 
+use std::ops::Range;
 use std::path::Path;
 
 use common::{Keep, archive, build_with, content, member, model, noise, pax, tar_spec};
 use loam_content::Digest;
 use loam_image::index::{IndexWriter, NewEntry, NewKind};
+use loam_image::trace::{from_text, to_text};
 use loam_image::{Blob, BlobKind, BuildOptions, Error, Index, LoadedTree, Metadata, build};
 use proptest::prelude::*;
 
@@ -32,11 +34,15 @@ fn golden_archive() -> Vec<u8> {
     ])
 }
 
+/// Out of order, and over the end of the first file.
+const TRACE: [Range<u64>; 3] = [65_536..77_824, 0..8192, 77_824..81_920];
+
 fn golden_index() -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("golden.tar");
     std::fs::write(&path, golden_archive()).unwrap();
-    build_with(&tar_spec(&path), &BuildOptions::default()).unwrap().index.to_vec()
+    let built = build_with(&tar_spec(&path), &BuildOptions::default()).unwrap().index;
+    Index::open(built).unwrap().with_trace(&TRACE).unwrap().to_vec()
 }
 
 /// The format of version 1 for all time: a change that breaks this test needs a new version. With `LOAM_GOLDEN=write`
@@ -51,6 +57,7 @@ fn golden_file() {
     let golden = std::fs::read(&path).unwrap();
     let index = Index::open(golden.clone()).unwrap();
     assert_eq!(index.entries().map(Result::unwrap).count(), 10);
+    assert_eq!(index.trace(), TRACE);
     let listing: Vec<String> = index.entries().map(|entry| format!("{:?}", entry.unwrap())).collect();
     let built_listing: Vec<String> =
         Index::open(built.clone()).unwrap().entries().map(|entry| format!("{:?}", entry.unwrap())).collect();
@@ -87,12 +94,16 @@ fn every_flipped_bit_is_found() {
     Index::open(longer).map(|_| ()).unwrap_err();
 }
 
+/// Sections of version 1, and the bytes in front of them.
+const SECTIONS: usize = 5;
+const HEAD_BYTES: usize = 64 + SECTIONS * 32;
+
 /// Puts right the checksums of an index, so that damage reaches the parsers.
 fn mend(bytes: &mut [u8]) {
-    if bytes.len() < 192 {
+    if bytes.len() < HEAD_BYTES {
         return;
     }
-    for section in 0..4 {
+    for section in 0..SECTIONS {
         let entry = 64 + section * 32;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
         let (offset, length) = (word(entry + 8), word(entry + 16));
@@ -101,7 +112,7 @@ fn mend(bytes: &mut [u8]) {
             bytes[entry + 4..entry + 8].copy_from_slice(&checksum.to_le_bytes());
         }
     }
-    let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[64..192]);
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[64..HEAD_BYTES]);
     bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
 }
 
@@ -110,7 +121,7 @@ fn mutate_decoded(bytes: &[u8], section: usize, mutate: &dyn Fn(&mut Vec<u8>)) -
     let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
     let mut sections: Vec<Vec<u8>> =
-        (0..4).map(|i| bytes[word(64 + i * 32 + 8)..][..word(64 + i * 32 + 16)].to_vec()).collect();
+        (0..SECTIONS).map(|i| bytes[word(64 + i * 32 + 8)..][..word(64 + i * 32 + 16)].to_vec()).collect();
     let start = word(64 + section * 32 + 8);
     let (items, stored, decoded) = (half(start), half(start + 4), half(start + 8));
     let mut block = zstd::bulk::decompress(&bytes[start + 12..start + 12 + stored], decoded).unwrap();
@@ -119,7 +130,7 @@ fn mutate_decoded(bytes: &[u8], section: usize, mutate: &dyn Fn(&mut Vec<u8>)) -
     sections[section] = [&(items as u32).to_le_bytes()[..], &(frame.len() as u32).to_le_bytes()].concat();
     sections[section].extend_from_slice(&(block.len() as u32).to_le_bytes());
     sections[section].extend_from_slice(&frame);
-    let mut out = bytes[..192].to_vec();
+    let mut out = bytes[..HEAD_BYTES].to_vec();
     for (i, content) in sections.iter().enumerate() {
         let offset = out.len() as u64;
         out[64 + i * 32 + 8..][..8].copy_from_slice(&offset.to_le_bytes());
@@ -139,6 +150,7 @@ fn read_all(bytes: Vec<u8>) -> Result<(), Error> {
         entry?;
     }
     LoadedTree::load(&index, 1 << 40)?;
+    from_text(&index, &to_text(&index, index.trace())?)?;
     Ok(())
 }
 
@@ -158,7 +170,7 @@ proptest! {
 
     #[test]
     fn damaged_columns_never_panic(
-        section in prop::sample::select(vec![0usize, 1, 3]),
+        section in prop::sample::select(vec![0usize, 1, 3, 4]),
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
     ) {
         let bytes = mutate_decoded(golden_index_once(), section, &|block| {

@@ -27,7 +27,8 @@ pub(crate) const BLOCK_ITEMS_MAX: u32 = 65_536;
 /// Longest decoded block, bytes.
 pub(crate) const BLOCK_DECODED_BYTES_MAX: u32 = 64 << 20;
 /// Sections of version 1, in this order.
-pub(crate) const SECTIONS: [(u32, &str); 4] = [(1, "blobs"), (2, "pieces"), (3, "chunks"), (4, "entries")];
+pub(crate) const SECTIONS: [(u32, &str); 5] =
+    [(1, "blobs"), (2, "pieces"), (3, "chunks"), (4, "entries"), (5, "trace")];
 
 /// The first 64 bytes.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

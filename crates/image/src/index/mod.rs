@@ -5,6 +5,7 @@ mod column;
 mod entries;
 mod format;
 mod tables;
+mod trace;
 mod write;
 
 use std::ops::Range;
@@ -14,6 +15,7 @@ use loam_content::Digest;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::entry::{BLOCK_BYTES, ENTRIES_MAX};
+use crate::trace::first_uses;
 use crate::{Error, Result};
 use format::{HEAD_BYTES, Header, MAGIC, SECTIONS, Section, head_checksum};
 
@@ -21,10 +23,13 @@ pub use entries::Entries;
 pub use format::{
     BLOBS_MAX, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, CHUNKS_MAX, INDEX_BYTES_MAX, PIECES_MAX, VERSION,
 };
+pub(crate) use tables::is_safe_path;
 pub use tables::{Blob, BlobKind, Piece};
+pub use trace::TRACE_RUNS_MAX;
 pub use write::{FileExtent, IndexWriter, NewEntry, NewKind};
 
-/// A loaded index. Blobs and pieces are decoded (32 bytes a piece); entries and digests stay as they are in the file.
+/// A loaded index. Blobs, pieces (32 bytes each) and the trace are decoded; entries and digests stay as they are in the
+/// file.
 #[derive(Debug, Clone)]
 pub struct Index {
     bytes: Bytes,
@@ -36,11 +41,12 @@ pub struct Index {
     pieces: Vec<Piece>,
     chunk_section: Range<usize>,
     entry_section: Range<usize>,
+    trace: Vec<Range<u64>>,
 }
 
 impl Index {
-    /// Takes the bytes of an index file after checking header, checksums, blobs and pieces. Entries are checked when
-    /// they are read.
+    /// Takes the bytes of an index file after checking header, checksums, blobs, pieces and trace. Entries are checked
+    /// when they are read.
     ///
     /// # Errors
     /// [`Error::Index`] naming the damaged part; [`Error::Version`] for a version that is not known; [`Error::Limit`].
@@ -64,13 +70,14 @@ impl Index {
         if entries > ENTRIES_MAX {
             return Err(Error::Limit { what: "entries in an index".to_owned(), limit: ENTRIES_MAX });
         }
-        let [blob_section, piece_section, chunk_section, entry_section] = sections;
+        let [blob_section, piece_section, chunk_section, entry_section, trace_section] = sections;
         if chunk_section.len() as u64 != chunks * 32 {
             return Err(Error::index("chunks", "another number of digests than the content has chunks"));
         }
         let blobs = tables::decode_blobs(&bytes[blob_section], u64::from(header.blobs.get()))?;
         let pieces =
             tables::decode_pieces(&bytes[piece_section], header.pieces.get(), content_length, &blobs)?;
+        let trace = trace::decode_trace(&bytes[trace_section], content_length)?;
         let digest = Digest::of(&bytes);
         Ok(Index {
             digest,
@@ -81,6 +88,7 @@ impl Index {
             pieces,
             chunk_section,
             entry_section,
+            trace,
             bytes,
         })
     }
@@ -142,6 +150,33 @@ impl Index {
     /// What holds the bytes.
     pub fn blobs(&self) -> &[Blob] {
         &self.blobs
+    }
+
+    /// What a run of this image read first, in that order: runs of the content's addresses, multiples of 4096 bytes,
+    /// no address twice. Empty when nobody recorded one.
+    pub fn trace(&self) -> &[Range<u64>] {
+        &self.trace
+    }
+
+    /// The file of this index with `trace` in place of its own, and so with another digest. The runs are put in normal
+    /// form by [`first_uses`]; none at all takes the trace away.
+    ///
+    /// # Errors
+    /// [`Error::Index`] for a run that reaches beyond the content; [`Error::Limit`] beyond [`TRACE_RUNS_MAX`] runs.
+    pub fn with_trace(&self, trace: &[Range<u64>]) -> Result<Bytes> {
+        let trace = first_uses(trace.iter().cloned(), self.content_length)?;
+        let (_, sections) = read_head(&self.bytes)?;
+        let trace = trace::encode_trace(&trace, write::ZSTD_LEVEL)?;
+        let mut contents = sections.map(|range| &self.bytes[range]);
+        contents[SECTIONS.len() - 1] = &trace;
+        let counts = write::Counts {
+            chunk_bytes: self.chunk_bytes,
+            content_length: self.content_length,
+            entries: self.entries,
+            pieces: self.pieces.len() as u64,
+            blobs: self.blobs.len() as u32,
+        };
+        Ok(write::assemble(&counts, &contents)?.into())
     }
 
     /// Why this image cannot be read lazily, if so.
