@@ -91,7 +91,7 @@ pub struct LoopTransport;
 
 impl LoopTransport {
     /// Attaches `device`, read-only, under a new loop device. Reads that must wait run on `runtime`. What another process
-    /// needs to take over is put into `store`.
+    /// needs to take over is put into `store`, unless that is impossible ([`Negotiated::can_resend`]).
     ///
     /// # Errors
     /// [`Error::Unsuitable`] when the size is not a multiple of the block size or too large; [`Error::System`] without
@@ -132,8 +132,13 @@ impl LoopTransport {
         if !loop_device.direct_io() {
             tracing::warn!(device = %loop_device.path().display(), "loop goes through the page cache: slower");
         }
-        store.store(CHANNEL_NAME, server.channel())?;
-        store.store(LOOP_NAME, loop_device.as_fd())?;
+        if negotiated.can_resend() {
+            store.store(CHANNEL_NAME, server.channel())?;
+            store.store(LOOP_NAME, loop_device.as_fd())?;
+        } else {
+            // Kept without a resend, readers would wait for ever; not kept, they get errors.
+            tracing::warn!("reads under way when this process dies will fail: nobody can take over");
+        }
         Ok(Attachment { state, server, loop_device: Some(loop_device) })
     }
 
