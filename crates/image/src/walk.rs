@@ -24,6 +24,7 @@ use crate::{Error, Result};
 
 /// Longest list of attribute names that Linux gives, bytes (`XATTR_LIST_MAX`).
 const XATTR_LIST_BYTES_MAX: usize = 65_536;
+const _: () = assert!(READ_BYTES >= XATTR_LIST_BYTES_MAX + XATTR_VALUE_BYTES_MAX);
 /// What is asked of every file.
 const STAT: StatxFlags = StatxFlags::BASIC_STATS;
 
@@ -139,7 +140,7 @@ impl Walker<'_> {
     }
 
     fn refused(&self, path: &[u8], reason: &str) -> Error {
-        Error::os(reason, self.shown(path), std::io::Error::from(std::io::ErrorKind::Unsupported))
+        refused(&self.shown(path), reason)
     }
 
     fn place(&mut self, path: &[u8], kind: InodeKind, stat: &Statx, xattrs: Vec<Xattr>) -> Result<InodeId> {
@@ -203,13 +204,16 @@ impl Walker<'_> {
         data: &[Segment],
         shown: &Path,
     ) -> Result<InodeKind> {
-        let buffer = &mut self.buffer;
+        let (buffer, teller, before) = (&mut self.buffer, &mut self.job.teller, self.bytes);
+        let mut read = 0;
         let blob = self.job.blobs.len() as u32;
         let placed = self.job.content.add_file(data, blob, Stored::InPlace, |content, segment| {
             let mut done = 0;
             while done < segment.length {
                 let count = (segment.length - done).min(buffer.len() as u64) as usize;
                 read_exactly(fd, segment.offset + done, &mut buffer[..count], shown)?;
+                read += count as u64;
+                teller.tell(before + read)?;
                 content.write(&buffer[..count])?;
                 done += count as u64;
             }
@@ -228,13 +232,15 @@ impl Walker<'_> {
         Ok(InodeKind::File { size, first: placed.first, count: placed.count })
     }
 
-    fn xattrs(&self, directory: &OwnedFd, name: &OsStr, path: &[u8]) -> Result<Vec<Xattr>> {
+    fn xattrs(&mut self, directory: &OwnedFd, name: &OsStr, path: &[u8]) -> Result<Vec<Xattr>> {
         // There is no listxattrat before 6.13; through the descriptor's link the last part is still not followed.
         let number = std::os::fd::AsRawFd::as_raw_fd(directory);
         let file = Path::new("/proc/self/fd").join(number.to_string()).join(name);
-        let os = |step: String, error: Errno| Error::os(step, self.shown(path), error);
-        let mut list = vec![0u8; XATTR_LIST_BYTES_MAX];
-        let length = match fs::llistxattr(&file, &mut list[..]) {
+        let shown = self.shown(path);
+        let os = |step: String, error: Errno| Error::os(step, &shown, error);
+        let (list, value) = self.buffer.split_at_mut(XATTR_LIST_BYTES_MAX);
+        let value = &mut value[..XATTR_VALUE_BYTES_MAX];
+        let length = match fs::llistxattr(&file, &mut *list) {
             Ok(length) => length,
             Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
             Err(error) => return Err(os("list attributes".to_owned(), error)),
@@ -243,20 +249,23 @@ impl Walker<'_> {
         let mut names: Vec<&[u8]> = list[..length].split(|&b| b == 0).filter(|name| is_taken(name)).collect();
         names.sort_unstable();
         for name in names {
-            let mut value = vec![0u8; XATTR_VALUE_BYTES_MAX];
             let step = || format!("read attribute {}", String::from_utf8_lossy(name));
-            let length = match fs::lgetxattr(&file, OsStr::from_bytes(name), &mut value[..]) {
+            let length = match fs::lgetxattr(&file, OsStr::from_bytes(name), &mut *value) {
                 Ok(length) => length,
                 Err(error) => return Err(os(step(), error)),
             };
-            value.truncate(length);
             if xattrs.len() == XATTRS_MAX {
-                return Err(self.refused(path, &format!("more than {XATTRS_MAX} attributes")));
+                return Err(refused(&shown, &format!("more than {XATTRS_MAX} attributes")));
             }
-            xattrs.push(Xattr { name: Bytes::copy_from_slice(name), value: value.into() });
+            let value = Bytes::copy_from_slice(&value[..length]);
+            xattrs.push(Xattr { name: Bytes::copy_from_slice(name), value });
         }
         Ok(xattrs)
     }
+}
+
+fn refused(shown: &Path, reason: &str) -> Error {
+    Error::os(reason, shown, std::io::Error::from(std::io::ErrorKind::Unsupported))
 }
 
 /// Whether an attribute is a part of the tree: ACLs are, other `system.` and `btrfs.` ones speak of the filesystem.

@@ -15,6 +15,8 @@ use crate::layout::RunBuilder;
 use crate::{Error, Result};
 
 const SECTION: &str = "entries";
+/// Largest owner or group: the number above it means "leave it" to chown.
+const ID_MAX: u64 = u32::MAX as u64 - 1;
 
 /// Columns of an entry block, as numbered in the format's documentation.
 pub(crate) mod column {
@@ -193,8 +195,8 @@ impl<'a> Block<'a> {
 
     fn metadata(&mut self, code: u8) -> Result<Metadata> {
         let mode = self.columns[column::MODE].at_most(0o7777, "mode")? as u16;
-        let uid = self.columns[column::UID].at_most(u64::from(u32::MAX), "uid")? as u32;
-        let gid = self.columns[column::GID].at_most(u64::from(u32::MAX), "gid")? as u32;
+        let uid = self.columns[column::UID].at_most(ID_MAX, "uid")? as u32;
+        let gid = self.columns[column::GID].at_most(ID_MAX, "gid")? as u32;
         self.mtime = self.mtime.wrapping_add(self.columns[column::MTIME].zigzag()?);
         let mtime = Time { seconds: self.mtime, nanoseconds: self.nanoseconds(column::MTIME_NS)? };
         let atime = (code & kind::HAS_ATIME != 0).then(|| self.other_time(column::ATIME)).transpose()?;
