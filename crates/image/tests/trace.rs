@@ -153,7 +153,7 @@ fn texts_are_bounded() {
     let records: Vec<(&str, &[u8])> = records.iter().map(|(key, value)| (*key, &value[..])).collect();
     let scattered = index_of(&[pax(b'x', &records), member(b"s", b'0', &noise(5, 2000))]);
     let lines = |count| format!("# loam trace 1\n{}", "0 99999999 s\n".repeat(count));
-    assert_eq!(from_text(&scattered, &lines(500)).unwrap().runs, [0..2000 * BLOCK]);
+    assert_eq!(from_text(&scattered, &lines(500)).unwrap().runs, [blocks(0..2000)]);
     assert!(matches!(from_text(&scattered, &lines(600)), Err(Error::Limit { limit: 1_048_576, .. })));
 }
 
@@ -198,7 +198,8 @@ fn nested_directories_have_whole_paths() {
     }
     let built = build_with(&dir_spec(directory.path()), &BuildOptions::default()).unwrap();
     let index = Index::open(built.index).unwrap();
-    let text = to_text(&index, &[0..index.content_length()]).unwrap();
+    let all = 0..index.content_length();
+    let text = to_text(&index, std::slice::from_ref(&all)).unwrap();
     let mut lines: Vec<&str> = text.lines().skip(1).collect();
     lines.sort_unstable();
     assert_eq!(
@@ -206,7 +207,7 @@ fn nested_directories_have_whole_paths() {
         ["0 5000 a/b/c/one", "0 5000 a/b/two", "0 5000 a/three", "0 5000 b/c/five", "0 5000 four"]
     );
     let traced = from_text(&index, &text).unwrap();
-    assert_eq!((traced.runs, traced.unknown.len()), (vec![0..index.content_length()], 0));
+    assert_eq!((traced.runs, traced.unknown.len()), (vec![all], 0));
 }
 
 /// Block after block, each where it is first seen.
