@@ -68,11 +68,19 @@ impl Demo {
         self.compare()
     }
 
-    /// A publisher's one step: the index, beside the tar.
+    /// A publisher's part: the index, beside the tar; and in it what a first run reads.
     fn publish(&mut self, image: &Image) -> Result<()> {
         self.chapter("A publisher indexes a tar once and serves both with any web server");
         let tar = format!("tar:{}", image.tar.display());
         self.loam("index", &["index", &tar])?;
+        let mount = self.directory.join("mnt");
+        let (target, trace) =
+            (mount.display().to_string(), self.directory.join("trace").display().to_string());
+        self.loam("mount, to trace", &["mount", &tar, &target])?;
+        self.chroot("program by chroot", &mount, image)?;
+        self.loam("trace", &["trace", &target, "-o", &trace])?;
+        self.loam("umount", &["umount", &target])?;
+        self.loam("index, with trace", &["index", &tar, "--trace", &trace])?;
         let (tar, index) = (fs::metadata(&image.tar)?.len(), fs::metadata(index_of(&image.tar))?.len());
         println!("  {:.1} MB, index {:.2} MB: {:.2} %", mb(tar), mb(index), 100.0 * mb(index) / mb(tar));
         Ok(())

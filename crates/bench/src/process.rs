@@ -71,12 +71,14 @@ impl Sandbox {
         Ok(self.loam(["up"])?.1)
     }
 
-    /// `loam mount SOURCE` on a new directory, unmounted at the latest when this is dropped.
-    pub(crate) fn mount(&mut self, source: &str) -> Result<(PathBuf, Duration)> {
+    /// `loam mount IMAGE` on a new directory, unmounted at the latest when this is dropped.
+    pub(crate) fn mount(&mut self, image: &[String]) -> Result<(PathBuf, Duration)> {
         let target = self.path("mnt");
         std::fs::create_dir(&target)?;
         self.mounted.push(target.clone());
-        let (_, elapsed) = self.loam([OsStr::new("mount"), OsStr::new(source), target.as_os_str()])?;
+        let mut arguments = vec![OsStr::new("mount"), target.as_os_str()];
+        arguments.splice(1..1, image.iter().map(OsStr::new));
+        let (_, elapsed) = self.loam(arguments)?;
         Ok((target, elapsed))
     }
 }

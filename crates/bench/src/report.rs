@@ -28,15 +28,38 @@ pub(crate) struct Spread {
     pub(crate) minimum: f64,
     pub(crate) median: f64,
     pub(crate) maximum: f64,
+    /// The median, over rounds, of this case's value divided by that of the first case in the same round.
+    pub(crate) ratio: Option<f64>,
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Spread> {
-        values.sort_by(f64::total_cmp);
-        let (minimum, maximum) = (*values.first()?, *values.last()?);
-        let (upper, lower) = (values[values.len() / 2], values[(values.len() - 1) / 2]);
-        Some(Spread { count: values.len(), minimum, median: f64::midpoint(lower, upper), maximum })
+    /// Of values by round; `first` are those of the case to compare with.
+    fn of(values: &BTreeMap<u32, f64>, first: &BTreeMap<u32, f64>) -> Option<Spread> {
+        let mut sorted: Vec<f64> = values.values().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let ratio = |(round, value): (&u32, &f64)| first.get(round).map(|first| value / first);
+        let mut ratios: Vec<f64> =
+            values.iter().filter_map(ratio).filter(|ratio| ratio.is_finite()).collect();
+        ratios.sort_by(f64::total_cmp);
+        Some(Spread {
+            count: sorted.len(),
+            minimum: *sorted.first()?,
+            median: median(&sorted)?,
+            maximum: *sorted.last()?,
+            ratio: median(&ratios),
+        })
     }
+
+    /// For tables: `0.57 x`, or nothing where there is nothing to compare with.
+    fn show_ratio(&self) -> String {
+        self.ratio.map(|ratio| format!("{ratio:.2} x")).unwrap_or_default()
+    }
+}
+
+/// Of sorted values.
+fn median(sorted: &[f64]) -> Option<f64> {
+    let last = sorted.len().checked_sub(1)?;
+    Some(f64::midpoint(sorted[last / 2], sorted[sorted.len() / 2]))
 }
 
 /// One comparison: a metric of several cases under one setting.
@@ -78,7 +101,7 @@ pub fn report(records: &[Record], path: &Path) -> Result<()> {
 
 /// Groups records by what can be compared, in the order in which it was first measured.
 fn compare(records: &[Record]) -> Vec<Comparison> {
-    type Values<'a> = Vec<(&'a str, Vec<f64>)>;
+    type Values<'a> = Vec<(&'a str, BTreeMap<u32, f64>)>;
     let mut order = Vec::new();
     let mut groups: BTreeMap<(&str, &str, &str), Values<'_>> = BTreeMap::new();
     for record in records {
@@ -88,10 +111,11 @@ fn compare(records: &[Record]) -> Vec<Comparison> {
                 order.push(key);
                 Values::new()
             });
-            match cases.iter_mut().find(|(case, _)| *case == record.case) {
-                Some((_, values)) => values.push(*value),
-                None => cases.push((&record.case, vec![*value])),
-            }
+            let position = cases.iter().position(|(case, _)| *case == record.case).unwrap_or_else(|| {
+                cases.push((&record.case, BTreeMap::new()));
+                cases.len() - 1
+            });
+            cases[position].1.insert(record.round, *value);
         }
     }
     let comparison = |key: (&str, &str, &str)| Comparison {
@@ -100,7 +124,7 @@ fn compare(records: &[Record]) -> Vec<Comparison> {
         metric: key.2.to_string(),
         cases: groups[&key]
             .iter()
-            .filter_map(|(case, values)| Some(((*case).to_string(), Spread::of(values.clone())?)))
+            .filter_map(|(case, values)| Some(((*case).to_string(), Spread::of(values, &groups[&key][0].1)?)))
             .collect(),
     };
     order.into_iter().map(comparison).collect()
@@ -128,7 +152,8 @@ fn table(comparisons: &[Comparison]) -> String {
         for (case, spread) in cases {
             let [low, middle, high] =
                 [spread.minimum, spread.median, spread.maximum].map(|v| show(metric, v));
-            let _ = writeln!(text, "  {case:<34} {middle:>12}  ({low} .. {high}, n = {})", spread.count);
+            let (count, ratio) = (spread.count, spread.show_ratio());
+            let _ = writeln!(text, "  {case:<34} {middle:>12} {ratio:>9}  ({low} .. {high}, n = {count})");
         }
     }
     text
@@ -152,8 +177,8 @@ fn html(records: &[Record], comparisons: &[Comparison]) -> Result<String> {
         let (kernel, loam) = (escape(kernel), escape(loam));
         let _ = writeln!(
             page,
-            "<p>Linux {kernel}, {processors} processors, loam {loam}. Bars are medians, whiskers \
-                                minimum and maximum.</p>"
+            "<p>Linux {kernel}, {processors} processors, loam {loam}. Bars are medians, whiskers minimum and maximum; \
+             ratios are medians of the rounds' own, to the first case.</p>"
         );
     }
     for comparison in comparisons {
@@ -161,12 +186,13 @@ fn html(records: &[Record], comparisons: &[Comparison]) -> Result<String> {
         let title = [bench, setting, metric].map(|part| escape(part));
         let _ = writeln!(page, "<h2>{}, {}: {}</h2>", title[0], title[1], title[2]);
         page.push_str(&chart::bars(comparison)?);
-        page.push_str("<table><tr><th>case<th>median<th>min<th>max<th>n</tr>\n");
+        page.push_str("<table><tr><th>case<th>median<th>ratio<th>min<th>max<th>n</tr>\n");
         for (case, spread) in cases {
             let [low, middle, high] =
                 [spread.minimum, spread.median, spread.maximum].map(|v| show(metric, v));
-            let case = escape(case);
-            let _ = writeln!(page, "<tr><td>{case}<td>{middle}<td>{low}<td>{high}<td>{}</tr>", spread.count);
+            let (case, count, ratio) = (escape(case), spread.count, spread.show_ratio());
+            let _ =
+                writeln!(page, "<tr><td>{case}<td>{middle}<td>{ratio}<td>{low}<td>{high}<td>{count}</tr>");
         }
         page.push_str("</table>\n");
     }
@@ -195,9 +221,12 @@ mod tests {
 
     #[test]
     fn a_spread_is_ordered_whatever_the_order_of_rounds() {
-        let spread = Spread::of(vec![3.0, 1.0, 2.0, 10.0]).unwrap();
-        assert_eq!(spread, Spread { count: 4, minimum: 1.0, median: 2.5, maximum: 10.0 });
-        assert_eq!(Spread::of(vec![]), None);
+        let values = |list: &[f64]| (0..).zip(list.iter().copied()).collect::<BTreeMap<u32, f64>>();
+        let spread = Spread::of(&values(&[3.0, 1.0, 2.0, 10.0]), &values(&[6.0, 1.0, 2.0])).unwrap();
+        let expected = Spread { count: 4, minimum: 1.0, median: 2.5, maximum: 10.0, ratio: Some(1.0) };
+        assert_eq!(spread, expected);
+        assert_eq!(Spread::of(&values(&[]), &values(&[1.0])), None);
+        assert_eq!(Spread::of(&values(&[1.0]), &values(&[0.0])).unwrap().ratio, None);
     }
 
     #[test]

@@ -19,6 +19,9 @@ use crate::shape::{Link, Shaper};
 pub(crate) struct Options {
     /// The image: tar:http://HOST/PATH with its index beside it. Only plain HTTP can be led through the link.
     source: String,
+    /// Another index of the same tar, with a trace in it (`loam index --trace`): mounted and added beside the other.
+    #[arg(long, value_name = "URL")]
+    traced: Option<String>,
     /// A tar of the same tree (.tar, .tar.gz, .tar.xz, .tar.zst) to download and unpack beside it; may be given
     /// often [default: the source].
     #[arg(long, value_name = "URL")]
@@ -74,6 +77,15 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// The arguments that name the image, led through the link.
+    fn image(&self, source: &str, index: Option<&str>) -> Result<Vec<String>> {
+        let mut arguments = vec![format!("tar:{}", Url::parse(source)?.through(&self.shaper))];
+        if let Some(index) = index {
+            arguments.extend(["--index".to_string(), Url::parse(index)?.through(&self.shaper)]);
+        }
+        Ok(arguments)
+    }
+
     /// Runs the program in `root`; its output has to be the expected one.
     fn chroot(&self, root: &Path) -> Result<Duration> {
         let (output, elapsed) = timed(Command::new("chroot").arg(root).args(&self.options.program))?;
@@ -111,8 +123,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 let shaper = Shaper::start(link, Url::parse(url)?.address()?)?;
                 Ok(Job { options, shaper, sandbox: Sandbox::new(&options.scratch)? })
             };
-            recorder.measure(("start", &setting, "loam mount", round), || by_mount(job(source)?, source))?;
-            recorder.measure(("start", &setting, "loam pool", round), || by_pool(job(source)?, source))?;
+            recorder
+                .measure(("start", &setting, "loam mount", round), || by_mount(job(source)?, source, None))?;
+            recorder
+                .measure(("start", &setting, "loam pool", round), || by_pool(job(source)?, source, None))?;
+            if let index @ Some(_) = options.traced.as_deref() {
+                let case = ["loam mount, traced", "loam pool, traced"];
+                recorder
+                    .measure(("start", &setting, case[0], round), || by_mount(job(source)?, source, index))?;
+                recorder
+                    .measure(("start", &setting, case[1], round), || by_pool(job(source)?, source, index))?;
+            }
             for url in &downloads {
                 let case = format!("curl | tar x ({})", url.rsplit('/').next().unwrap_or(url));
                 recorder.measure(("start", &setting, &case, round), || by_download(job(url)?, url))?;
@@ -136,11 +157,11 @@ fn seconds(metrics: &mut Metrics, name: &str, elapsed: Duration) {
 }
 
 /// `loam mount`, then the program by chroot.
-fn by_mount(mut job: Job<'_>, source: &str) -> Result<Metrics> {
-    let source = format!("tar:{}", Url::parse(source)?.through(&job.shaper));
+fn by_mount(mut job: Job<'_>, source: &str, index: Option<&str>) -> Result<Metrics> {
+    let arguments = job.image(source, index)?;
     let mut metrics = Metrics::new();
     let started = Instant::now();
-    let (root, mounted) = job.sandbox.mount(&source)?;
+    let (root, mounted) = job.sandbox.mount(&arguments)?;
     job.chroot(&root)?;
     seconds(&mut metrics, "total", started.elapsed());
     seconds(&mut metrics, "mounted", mounted);
@@ -149,16 +170,17 @@ fn by_mount(mut job: Job<'_>, source: &str) -> Result<Metrics> {
 }
 
 /// `add`, `create` and `run` in a pool that is up already; then a second container of the same image.
-fn by_pool(mut job: Job<'_>, source: &str) -> Result<Metrics> {
-    let source = format!("tar:{}", Url::parse(source)?.through(&job.shaper));
+fn by_pool(mut job: Job<'_>, source: &str, index: Option<&str>) -> Result<Metrics> {
+    let arguments = job.image(source, index)?;
     let mut metrics = Metrics::new();
     let program: Vec<&str> = job.options.program.iter().map(String::as_str).collect();
     seconds(&mut metrics, "init", job.sandbox.loam(["init"])?.1);
     let up = job.sandbox.up()?;
     seconds(&mut metrics, "up", up);
     let run = [["run", "image", "--"].as_slice(), &program].concat();
+    let add = [vec!["add".to_string(), "image".to_string()], arguments].concat();
     let started = Instant::now();
-    seconds(&mut metrics, "add", job.sandbox.loam(["add", "image", source.as_str()])?.1);
+    seconds(&mut metrics, "add", job.sandbox.loam(add.iter())?.1);
     seconds(&mut metrics, "create", job.sandbox.loam(["create", "kept", "image"])?.1);
     let (output, elapsed) = job.sandbox.loam(&run)?;
     seconds(&mut metrics, "total", started.elapsed());
