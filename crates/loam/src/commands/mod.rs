@@ -67,7 +67,7 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Pin { name, paths } => image::pin(context, name, paths).await?,
         Command::Evict { keep } => pool::evict(context, keep.0).await?,
         Command::Range { command } => range::run(context, command).await?,
-        Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => {
+        Command::Run(_) | Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => {
             unreachable!("dispatched above")
         }
     }
