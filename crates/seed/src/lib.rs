@@ -36,5 +36,5 @@ pub use options::{
 pub use reader::read_virtual_superblock;
 pub use synthetic::SyntheticTree;
 pub use tree::{Attributes, FileTree, Node, NodeKind, Run, Subvolume, inline_max};
-pub use verify::{Counts, Finding, Verification, verify};
+pub use verify::{Counts, Finding, Verification, verify, verify_filesystem};
 pub use write::{Report, VIRTUAL_DATA_INODE, VIRTUAL_DATA_NAME, virtual_superblock, write};

@@ -100,7 +100,6 @@ pub(super) struct Trees {
     /// Checksum items: key and where their bodies lie is not kept, only the covered range and the checksums.
     pub(super) checksums: Vec<(u64, Vec<u8>)>,
     pub(super) inodes: u64,
-    pub(super) checked_bytes: u64,
     visits: u64,
 }
 

@@ -9,10 +9,11 @@ use super::finding::{Finding, Findings};
 /// The object that checksum items belong to.
 const CHECKSUM_OBJECT: u64 = 10u64.wrapping_neg();
 
-pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut Findings) {
+/// Returns how many bytes of data were compared.
+pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut Findings) -> u64 {
     let sector = u64::from(SECTOR_SIZE);
     let mut buffer = vec![0; SECTOR_SIZE as usize];
-    let mut end = 0;
+    let (mut end, mut checked) = (0, 0);
     for (start, checksums) in &trees.checksums {
         let key = Key::new(CHECKSUM_OBJECT, item::EXTENT_CSUM, *start);
         let at = |reason: String| Finding::new("checksums", reason).tree(object::CSUM_TREE).key(key);
@@ -40,6 +41,7 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
         }
         for (number, stored) in checksums.chunks_exact(4).enumerate() {
             let address = start + number as u64 * sector;
+            checked += sector;
             match filesystem.read_logical(address, &mut buffer) {
                 Ok(_) if crc32c::crc32c(&buffer).to_le_bytes() == stored => {}
                 Ok(_) => findings.add(at(format!("data at {address} does not match its checksum"))),
@@ -47,4 +49,5 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
             }
         }
     }
+    checked
 }

@@ -22,6 +22,7 @@ mod virtual_data;
 use crate::reader::{Device, Filesystem};
 use crate::{ReadAt, Result};
 
+use blocks::Trees;
 use finding::Findings;
 pub use finding::{Counts, Finding, Verification};
 
@@ -36,21 +37,37 @@ pub fn verify(virtual_image: &dyn ReadAt, local: Option<&dyn ReadAt>) -> Result<
     devices.extend(local.map(|image| Device { name: "local", image }));
     let filesystem = Filesystem::open(&devices)?;
     let mut findings = Findings::default();
-    superblocks::check(&filesystem, &mut findings);
-    let trees = blocks::check(&filesystem, &mut findings);
-    roots::check(&filesystem, &trees, &mut findings);
-    extents::check(&filesystem, &trees, &mut findings);
-    space::check(&filesystem, &trees, &mut findings);
-    quota::check(&trees, &mut findings);
-    checksums::check(&filesystem, &trees, &mut findings);
+    superblocks::check_pair(&filesystem, &mut findings);
+    let (trees, counts) = check(&filesystem, &mut findings);
     virtual_data::check(&filesystem, &trees, &mut findings);
+    Ok(findings.into_verification(counts))
+}
+
+/// Verifies a file system that need not be one of loam's: all but what [`verify`] asks of the virtual region.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_filesystem(devices: &[Device<'_>]) -> Result<Verification> {
+    let filesystem = Filesystem::open(devices)?;
+    let mut findings = Findings::default();
+    let (_, counts) = check(&filesystem, &mut findings);
+    Ok(findings.into_verification(counts))
+}
+
+fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) -> (Trees, Counts) {
+    superblocks::check(filesystem, findings);
+    let trees = blocks::check(filesystem, findings);
+    roots::check(filesystem, &trees, findings);
+    extents::check(filesystem, &trees, findings);
+    space::check(filesystem, &trees, findings);
+    quota::check(&trees, findings);
     let counts = Counts {
         trees: trees.roots.len() as u64 + 2,
         blocks: trees.blocks.len() as u64,
         data_extents: trees.extents.iter().filter(|extent| !extent.is_tree()).count() as u64,
         chunks: filesystem.chunks().iter().len() as u64,
         inodes: trees.inodes,
-        checked_bytes: trees.checked_bytes,
+        checked_bytes: checksums::check(filesystem, &trees, findings),
     };
-    Ok(findings.into_verification(counts))
+    (trees, counts)
 }

@@ -34,6 +34,10 @@ pub(super) fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) {
     for (bytenr, fault) in filesystem.chunk_faults() {
         findings.add(Finding::fault(fault).tree(crate::disk::object::CHUNK_TREE).block(*bytenr));
     }
+}
+
+/// What holds for a pair besides: the virtual device is a seed, and the local one says whose.
+pub(super) fn check_pair(filesystem: &Filesystem<'_>, findings: &mut Findings) {
     check_seed(filesystem, findings);
     check_label(filesystem, findings);
 }
