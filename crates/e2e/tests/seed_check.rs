@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use loam_seed::{
     Attributes, FileTree, Layout, MemoryTree, NodeKind, OwnedKind, Record, Report, Run, SeedOptions,
@@ -500,4 +500,34 @@ fn inspection_shows_the_items_that_dump_tree_shows() {
     .expect("readable");
     assert_eq!((items, blocks), (theirs.len(), leaves));
     assert!(items > 5000, "{items}");
+}
+
+/// An unmount can come in the middle of a deletion, which is not damage.
+#[test]
+fn a_subvolume_that_is_being_deleted_is_no_damage() {
+    for delay_ms in [0, 200] {
+        let tree = loam_seed::SyntheticTree::new(100_000);
+        let subvolume = Subvolume { name: "image", tree: &tree, readonly: false };
+        let seed = Seed::make(SeedOptions { virtual_size: TIB, ..options() }, &[subvolume]);
+        let devices = seed.attach();
+        {
+            let mount = seed.mount_pair(&devices, "");
+            let snapshot = mount.0.join("snapshot");
+            must(
+                Command::new("btrfs")
+                    .args(["subvolume", "snapshot"])
+                    .arg(mount.0.join("image"))
+                    .arg(&snapshot),
+            );
+            must(Command::new("btrfs").args(["subvolume", "delete", "-c"]).arg(mount.0.join("image")));
+            std::thread::sleep(Duration::from_millis(delay_ms));
+        }
+        seed.check(&devices);
+        {
+            let mount = seed.mount_pair(&devices, "");
+            must(Command::new("btrfs").args(["subvolume", "delete", "-c"]).arg(mount.0.join("snapshot")));
+            std::thread::sleep(Duration::from_millis(delay_ms));
+        }
+        seed.check(&devices);
+    }
 }

@@ -14,6 +14,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for finding in &verification.findings {
         println!("{finding}");
     }
+    for note in &verification.notes {
+        println!("note: {note}");
+    }
     let status = std::fs::read_to_string("/proc/self/status")?;
     let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or_default();
     println!("{:?}, seconds {:.3}, {peak}", verification.counts, start.elapsed().as_secs_f64());

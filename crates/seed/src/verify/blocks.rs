@@ -105,20 +105,38 @@ pub(super) struct Trees {
 
 pub(super) fn check(filesystem: &Filesystem<'_>, findings: &mut Findings) -> Trees {
     let mut trees = Trees::default();
-    tree(filesystem, filesystem.chunk_root(), &mut trees, findings);
-    tree(filesystem, filesystem.root_tree(), &mut trees, findings);
-    let roots: Vec<TreeRoot> = trees.roots.iter().map(|(root, _)| *root).collect();
-    for root in roots {
-        tree(filesystem, root, &mut trees, findings);
+    tree(filesystem, filesystem.chunk_root(), None, &mut trees, findings);
+    tree(filesystem, filesystem.root_tree(), None, &mut trees, findings);
+    let roots: Vec<(TreeRoot, Option<Key>)> =
+        trees.roots.iter().map(|(root, item)| (*root, deletion_progress(item))).collect();
+    for (root, progress) in roots {
+        if progress.is_some() {
+            findings
+                .note(format!("subvolume {} is being deleted: what is left of it is not verified", root.id));
+        }
+        tree(filesystem, root, progress, &mut trees, findings);
     }
     trees
 }
 
-fn tree(filesystem: &Filesystem<'_>, root: TreeRoot, trees: &mut Trees, findings: &mut Findings) {
+/// How far the deletion of a subvolume has come: what lies wholly below this key is gone. None: it is not deleted.
+pub(super) fn deletion_progress(item: &RootItem) -> Option<Key> {
+    (item.refs.get() == 0).then(|| item.drop_progress.into())
+}
+
+fn tree(
+    filesystem: &Filesystem<'_>,
+    root: TreeRoot,
+    deleted_below: Option<Key>,
+    trees: &mut Trees,
+    findings: &mut Findings,
+) {
     trees.edges.push(Edge { child: root.bytenr, parent: None, owner: root.id });
     let holds_files = root.is_subvolume() || root.id == object::DATA_RELOC_TREE;
-    let mut files = holds_files.then(|| SubvolumeCheck::new(filesystem, root.id));
-    let mut walk = Walk::new(filesystem, root);
+    let whole = deleted_below.is_none();
+    let from = deleted_below.unwrap_or_default();
+    let mut files = (holds_files && whole).then(|| SubvolumeCheck::new(filesystem, root.id));
+    let mut walk = Walk::starting_at(filesystem, root, from);
     let mut blocks = 0;
     while let Some(visited) = walk.next() {
         blocks += 1;
@@ -144,12 +162,13 @@ fn tree(filesystem: &Filesystem<'_>, root: TreeRoot, trees: &mut Trees, findings
             continue;
         }
         if !known {
-            enter(block, trees);
+            enter(block, from, trees);
         }
         if block.is_leaf() {
             for (key, body) in block.items() {
                 match &mut files {
                     Some(files) => files.item(key, body, findings),
+                    None if holds_files => {}
                     None => gather(filesystem, root.id, block, key, body, trees, findings),
                 }
             }
@@ -161,14 +180,15 @@ fn tree(filesystem: &Filesystem<'_>, root: TreeRoot, trees: &mut Trees, findings
     }
 }
 
-/// Notes a block that is seen for the first time and what it points to.
-fn enter(block: &Block, trees: &mut Trees) {
+/// Notes a block that is seen for the first time and what it points to, but for children that end below `from`.
+fn enter(block: &Block, from: Key, trees: &mut Trees) {
     let header = block.header();
     let (bytenr, owner) = (block.bytenr(), header.owner.get());
     let info = BlockInfo { owner, level: header.level, generation: header.generation.get() };
     trees.blocks.insert(bytenr, info);
     for slot in 0..block.count() {
-        if let Some(pointer) = block.pointer(slot) {
+        let is_gone = block.key(slot + 1).is_some_and(|following| following <= from);
+        if let Some(pointer) = block.pointer(slot).filter(|_| !is_gone) {
             trees.edges.push(Edge { child: pointer.bytenr.get(), parent: Some(bytenr), owner });
         }
     }

@@ -12,7 +12,7 @@ use crate::disk::{ExtentDataRef, ExtentItem, Key, SECTOR_SIZE, flag, item, objec
 use crate::hash;
 use crate::reader::Filesystem;
 
-use super::blocks::Trees;
+use super::blocks::{Trees, deletion_progress};
 use super::finding::{Finding, Findings, Only, differences};
 
 /// An extent item.
@@ -246,10 +246,13 @@ fn check_block(extent: &Extent, refs: &[Backref], trees: &Trees, findings: &mut 
     };
     findings.expect_same(at("level"), extent.level.into(), block.level.into());
     findings.expect_same(at("generation"), extent.generation, block.generation);
-    // As long as a block's own tree refers to it, its references name trees, and this one among them.
+    // As long as a block's own tree refers to it, its references name trees, and this one among them; a deletion that is
+    // under way is between the two.
+    let deleted =
+        |id: u64| trees.roots.iter().any(|(root, item)| root.id == id && deletion_progress(item).is_some());
     let named =
         refs.iter().any(|backref| backref.kind == item::TREE_BLOCK_REF && backref.root == block.owner);
-    if extent.flags & flag::EXTENT_FULL_BACKREF == 0 && !named {
+    if extent.flags & flag::EXTENT_FULL_BACKREF == 0 && !named && !deleted(block.owner) {
         let reason = format!("no reference names tree {}, which the block's header does", block.owner);
         findings.add(Finding { reason, ..at("refs") });
     }

@@ -101,6 +101,8 @@ pub struct Counts {
 pub struct Verification {
     /// What is wrong: the first thousand findings.
     pub findings: Vec<Finding>,
+    /// What is in order but was not verified, and why.
+    pub notes: Vec<String>,
     /// How many findings there were beyond those.
     pub more: u64,
     /// What was looked at.
@@ -118,6 +120,7 @@ impl Verification {
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     found: Vec<Finding>,
+    notes: Vec<String>,
     more: u64,
 }
 
@@ -130,6 +133,13 @@ impl Findings {
         }
     }
 
+    /// Adds a note.
+    pub(super) fn note(&mut self, note: String) {
+        if self.notes.len() < FINDINGS_MAX {
+            self.notes.push(note);
+        }
+    }
+
     /// Adds a finding unless two values are the same.
     pub(super) fn expect_same(&mut self, place: Finding, is: u64, should: u64) {
         if is != should {
@@ -138,7 +148,7 @@ impl Findings {
     }
 
     pub(super) fn into_verification(self, counts: Counts) -> Verification {
-        Verification { findings: self.found, more: self.more, counts }
+        Verification { findings: self.found, notes: self.notes, more: self.more, counts }
     }
 }
 

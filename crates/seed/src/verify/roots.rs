@@ -3,11 +3,11 @@
 
 use zerocopy::FromBytes;
 
-use crate::disk::{InodeItem, Key, RootRef, entry, item, object};
+use crate::disk::{InodeItem, Key, RootItem, RootRef, entry, item, object};
 use crate::hash;
-use crate::reader::Filesystem;
+use crate::reader::{Filesystem, TreeRoot};
 
-use super::blocks::Trees;
+use super::blocks::{Trees, deletion_progress};
 use super::finding::{Finding, Findings, Only, differences};
 use super::names::{entries, inode_refs};
 
@@ -37,15 +37,18 @@ pub(super) fn check(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut F
             findings.add(Finding { reason, ..at(root.id, "generation") });
         }
         findings.expect_same(at(root.id, "generation_v2"), item.generation_v2.get(), root.generation);
-        if item.refs.get() != 1 {
-            let reason = format!("is {}: the tree is being deleted, its blocks are not all there", item.refs);
-            findings.add(Finding { reason, ..at(root.id, "refs") });
+        let is_deleted = deletion_progress(item).is_some();
+        if item.refs.get() != 1 && !(is_deleted && root.is_subvolume()) {
+            findings.expect_same(at(root.id, "refs"), item.refs.get().into(), 1);
         }
         let has_directory = root.is_subvolume() || root.id == object::DATA_RELOC_TREE;
         let directory = if has_directory { object::FIRST_FREE } else { 0 };
         findings.expect_same(at(root.id, "root_dirid"), item.root_dirid.get(), directory);
         if !root.is_subvolume() && item.uuid != [0; 16] {
             findings.add(Finding { reason: "only subvolumes have one".to_owned(), ..at(root.id, "uuid") });
+        }
+        if is_deleted {
+            continue;
         }
         let used = trees.tree_blocks.get(&root.id).copied().unwrap_or(0) * u64::from(filesystem.node_size());
         findings.expect_same(at(root.id, "bytes_used"), item.bytes_used.get(), used);
@@ -133,8 +136,10 @@ fn subvolumes(trees: &Trees, findings: &mut Findings) {
         Only::Right(place) if is_snapshot(place.0) => {}
         Only::Right(place) => findings.add(at(place, "has a directory entry but no ROOT_REF")),
     });
-    for (root, _) in trees.roots.iter().filter(|(root, _)| root.is_subvolume() && root.id != object::FS_TREE)
-    {
+    let needs_a_place = |root: &TreeRoot, item: &RootItem| {
+        root.is_subvolume() && root.id != object::FS_TREE && deletion_progress(item).is_none()
+    };
+    for (root, _) in trees.roots.iter().filter(|(root, item)| needs_a_place(root, item)) {
         if !back.iter().any(|place| place.3 == root.id) {
             let key = Key::new(root.id, item::ROOT, 0);
             let reason = "no directory holds this subvolume";
@@ -151,7 +156,9 @@ fn uuids(filesystem: &Filesystem<'_>, trees: &Trees, findings: &mut Findings) {
     let mut of_subvolumes: Vec<(u64, u64, u64)> = trees
         .roots
         .iter()
-        .filter(|(root, item)| root.is_subvolume() && item.uuid != [0; 16])
+        .filter(|(root, item)| {
+            root.is_subvolume() && item.uuid != [0; 16] && deletion_progress(item).is_none()
+        })
         .map(|(root, item)| {
             let (high, low) = halves(&item.uuid);
             (high, low, root.id)
