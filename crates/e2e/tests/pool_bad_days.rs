@@ -120,10 +120,21 @@ fn a_file_that_was_replaced_on_the_server_is_an_error_that_says_so() {
     let (loam, server) = (Loam::up(), FileServer::start());
     let image = added(&loam, &server, 5);
     let original = fs::read(loam.path("image-5.tar")).unwrap();
+    // The first answer is what later ones are held to.
+    assert!(
+        read_some(&image.join("large"), 12 << 20, 4096).unwrap()
+            == tarball::noise(5, LARGE)[12 << 20..][..4096]
+    );
     server.put("image-5.tar", tarball::noise(99, original.len()));
     let error = read_some(&image.join("large"), 1 << 20, 4096).unwrap_err();
     assert_eq!(error.raw_os_error(), EIO, "{error}");
-    assert!(loam.errors() > 0);
+    let status = loam.status();
+    assert!(status["errors"]["changed"].as_u64() > Some(0), "{status}");
+    let log = fs::read_to_string(loam.pool().join("run/daemon.log")).unwrap();
+    assert!(
+        log.contains("image-5.tar has changed") || log.contains("ETag"),
+        "the log does not say so: {log}"
+    );
     server.put("image-5.tar", original);
     assert!(recovered(|| read_direct(&image.join("large"))) == tarball::noise(5, LARGE));
 }
