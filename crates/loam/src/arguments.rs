@@ -59,16 +59,7 @@ pub(crate) enum Command {
         read_data: bool,
     },
     /// Make the index of a source, to be kept beside it, so that `add` and `mount` fetch nothing else first.
-    Index {
-        /// dir:PATH or tar:PATH-or-URL.
-        source: String,
-        /// Where to write it [default: the source's name + .loam].
-        #[arg(short, long, value_name = "FILE")]
-        output: Option<PathBuf>,
-        /// Put this trace into it (see loam trace): hosts then fetch ahead what it names.
-        #[arg(long, value_name = "FILE")]
-        trace: Option<PathBuf>,
-    },
+    Index(Index),
     /// Print what has been read of an image, in the order of first use: for `loam index --trace` and `loam add
     /// --prefetch`. Run a program once in a fresh mount or container, then take its trace.
     Trace {
@@ -145,6 +136,21 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Internal,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Index {
+    /// dir:PATH or tar:PATH-or-URL.
+    pub(crate) source: String,
+    /// Where to write it [default: the source's name + .loam].
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Put this trace into it (see loam trace): hosts then fetch ahead what it names.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// What is fetched and verified at once, 4KiB to 4MiB. Smaller chunks fetch less and make a larger index.
+    #[arg(long, value_name = "SIZE", default_value = "16KiB")]
+    pub(crate) chunk_size: ByteSize,
 }
 
 #[derive(Debug, Args)]

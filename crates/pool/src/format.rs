@@ -141,33 +141,21 @@ pub(crate) fn format_filesystem(
     sync_directory(directory.root())
 }
 
-/// Formats the virtual image anew for a local device that exists: the same identity, sizes and files give the same
-/// superblock.
+/// Makes the virtual image of a pair whose local device exists already: the same identity and sizes give the same
+/// superblock, and there is nothing else on it.
 pub(crate) fn format_virtual_only(
     directory: &PoolDirectory,
     config: &Config,
     content_digest: [u8; 32],
-    subvolumes: &[Subvolume<'_>],
 ) -> Result<()> {
-    let seed = seed_options(directory, config, content_digest)?;
+    const SUPERBLOCK_OFFSET: u64 = 64 << 10;
     let path = directory.virtual_image();
-    let mut virtual_image = Prefix(create(&path)?);
-    loam_seed::write(&seed, subvolumes, &mut virtual_image, Some(&mut Nowhere))
-        .step(|| format!("formatting {}", path.display()))?;
-    Ok(())
-}
-
-/// A local image that is not wanted.
-struct Nowhere;
-
-impl Image for Nowhere {
-    fn set_length(&mut self, _length: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn write_at(&mut self, _offset: u64, _data: &[u8]) -> io::Result<()> {
-        Ok(())
-    }
+    let what = || format!("formatting {}", path.display());
+    let superblock =
+        loam_seed::virtual_superblock(&seed_options(directory, config, content_digest)?).step(what)?;
+    let image = create(&path)?;
+    image.set_len(VIRTUAL_BASE).step(what)?;
+    image.write_all_at(&superblock[..], SUPERBLOCK_OFFSET).step(what)
 }
 
 /// The formatter's options for a configuration.

@@ -97,7 +97,7 @@ async fn read_through(
     http: &HttpClient,
     watch: Arc<dyn Watch>,
 ) -> Result<Obtained> {
-    let chunk_bytes = BuildOptions::default().chunk_bytes;
+    let chunk_bytes = loam_image::CHUNK_BYTES_DEFAULT;
     // A directory can be read again, piece by piece; an archive that was streamed is kept, so that it is not.
     let import = match source {
         SourceSpec::Directory(_) => None,
@@ -105,7 +105,7 @@ async fn read_through(
     };
     let import = import.map(|import| Arc::new(Mutex::new(Some(import))));
     let sink = import.clone().map(|import| Box::new(Sink(import)) as Box<dyn ChunkSink>);
-    let built = build(source, sink, http, watch).await?;
+    let built = build(source, sink, chunk_bytes, http, watch).await?;
     let wire_bytes = built.report.source_bytes;
     let index = Index::open(built.index).step(|| format!("index of {source}"))?;
     let import = import.and_then(|import| import.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -127,6 +127,7 @@ impl ChunkSink for Sink {
 async fn build(
     source: &SourceSpec,
     sink: Option<Box<dyn ChunkSink>>,
+    chunk_bytes: u32,
     http: &HttpClient,
     watch: Arc<dyn Watch>,
 ) -> Result<loam_image::Built> {
@@ -138,6 +139,7 @@ async fn build(
             stop.store(told.cancelled(), Ordering::Relaxed);
         })),
         cancel,
+        chunk_bytes,
         http: Some(http.clone()),
         ..BuildOptions::default()
     };
@@ -218,6 +220,18 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).step(|| format!("path {}", path.display()))
 }
 
+/// How an index is to be made.
+#[derive(Debug, Clone)]
+pub struct IndexOptions {
+    /// Where to write it; else where `add` and `mount` will look for it. The index of something on the network goes to the
+    /// current directory under that name.
+    pub output: Option<PathBuf>,
+    /// A file that `loam trace` wrote.
+    pub trace: Option<PathBuf>,
+    /// What is fetched and verified at once: a power of two from 4 KiB to 4 MiB.
+    pub chunk_bytes: u32,
+}
+
 /// What `loam index` made.
 #[derive(Debug, Clone, Serialize)]
 pub struct IndexMade {
@@ -235,28 +249,21 @@ pub struct IndexMade {
     pub elapsed_ns: u64,
 }
 
-/// Makes the index of a source and writes it, atomically, to `output`, or where `add` and `mount` will look for it; the
-/// index of something on the network goes to the current directory under that name. `trace` names a file that `loam trace`
-/// wrote.
+/// Makes the index of a source and writes it, atomically.
 ///
 /// # Errors
 /// What is wrong with the source; what keeps the file from being written.
-pub async fn make_index(
-    source: &str,
-    output: Option<PathBuf>,
-    trace: Option<&Path>,
-    watch: Arc<dyn Watch>,
-) -> Result<IndexMade> {
+pub async fn make_index(source: &str, options: &IndexOptions, watch: Arc<dyn Watch>) -> Result<IndexMade> {
     let started = Instant::now();
     let spec = parse_source(source)?;
-    let output = match (output, beside(&spec)) {
+    let output = match (options.output.clone(), beside(&spec)) {
         (Some(path), _) | (None, Some(SourceUrl::File(path))) => path,
         (None, _) => PathBuf::from(format!("{}{SUFFIX}", spec.blob_name())),
     };
     let http = HttpClient::new(HttpOptions::default()).step(|| "setting up HTTP".to_owned())?;
-    let built = build(&spec, None, &http, watch.clone()).await?;
+    let built = build(&spec, None, options.chunk_bytes, &http, watch.clone()).await?;
     let mut index = Index::open(built.index).step(|| format!("index of {source}"))?;
-    if let Some(path) = trace {
+    if let Some(path) = &options.trace {
         let text = std::fs::read_to_string(path).step(|| format!("reading {}", path.display()))?;
         index = with_trace(&index, &text, watch.as_ref())?;
     }

@@ -206,7 +206,7 @@ fn format(
     };
     let subvolume = Subvolume { name: IMAGE_SUBVOLUME, tree: &tree, readonly: false };
     if kept.is_some() {
-        format_virtual_only(directory, &config, digest.0, &[subvolume])?;
+        format_virtual_only(directory, &config, digest.0)?;
     } else {
         format_filesystem(directory, &config, digest.0, &[subvolume])?;
     }

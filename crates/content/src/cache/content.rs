@@ -33,6 +33,8 @@ pub(crate) struct Content {
     pub(crate) digests: DigestLog,
     streams: Mutex<Streams>,
     failures: Mutex<HashMap<u64, (Instant, Error)>>,
+    /// Traces that are being replayed.
+    pub(crate) replays: AtomicUsize,
     /// Open devices; fetches that are still on the way hold the content too, but no device.
     handles: AtomicUsize,
 }
@@ -94,6 +96,7 @@ impl Content {
             digests,
             streams: Mutex::new(streams),
             failures: Mutex::default(),
+            replays: AtomicUsize::new(0),
             handles: AtomicUsize::new(0),
         }
     }
@@ -195,6 +198,10 @@ impl Content {
 
     /// Adds what the reader will probably want next.
     fn extend(&self, runs: &mut Runs<'_>, flights: &mut Flights, first: u64, last: u64) {
+        if self.replays.load(Ordering::Relaxed) > 0 {
+            // A trace knows what comes next better than a guess.
+            return;
+        }
         let ahead = lock(&self.streams).asked(first, last);
         let end = ahead.end.min(self.shape().chunks());
         for chunk in (ahead.start..end).take(RUN_CHUNKS_MAX as usize) {

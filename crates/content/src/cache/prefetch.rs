@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
@@ -47,6 +47,22 @@ fn in_windows(trace: Vec<Range<u64>>, window: usize) -> Vec<Range<u64>> {
         }
     }
     runs
+}
+
+/// As long as it lives, misses of the content are not widened.
+struct Replaying<'a>(&'a AtomicUsize);
+
+impl<'a> Replaying<'a> {
+    fn new(replays: &'a AtomicUsize) -> Replaying<'a> {
+        replays.fetch_add(1, Ordering::Relaxed);
+        Replaying(replays)
+    }
+}
+
+impl Drop for Replaying<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// How a fetch treats reads that wait for another.
@@ -94,6 +110,7 @@ impl CachedDevice {
         let chunks = trace.iter().map(|range| self.chunks(range)).collect::<Result<Vec<_>>>()?;
         let window = (REPLAY_WINDOW_BYTES / self.content.shape().chunk_bytes()).max(1) as usize;
         let parallel = self.content.shared.options.replay_fetches.max(1);
+        let _replaying = Replaying::new(&self.content.replays);
         self.bring_all(in_windows(chunks, window), parallel, Manner::Eager, &|_| ()).await
     }
 

@@ -10,21 +10,21 @@ use loam_pool::protocol::{
     AddRequest, Added, ContainerStatus, CreateRequest, ImageStatus, Lazy, Listing, PinRequest, Pinned, Shown,
     Trace,
 };
-use loam_pool::{Client, RunOptions};
+use loam_pool::{Client, IndexOptions, RunOptions};
 
 use super::Context;
-use crate::arguments::Run;
+use crate::arguments::{Index, Run};
 use crate::output::{self, seconds, size};
 use crate::progress::Bar;
 
-pub(crate) async fn index(
-    context: &Context,
-    source: &str,
-    output: Option<PathBuf>,
-    trace: Option<PathBuf>,
-) -> anyhow::Result<()> {
+pub(crate) async fn index(context: &Context, arguments: Index) -> anyhow::Result<()> {
     let bar = Bar::new(context.json);
-    let made = loam_pool::make_index(source, output, trace.as_deref(), bar.clone()).await;
+    let options = IndexOptions {
+        output: arguments.output,
+        trace: arguments.trace,
+        chunk_bytes: u32::try_from(arguments.chunk_size.0).unwrap_or(u32::MAX),
+    };
+    let made = loam_pool::make_index(&arguments.source, &options, bar.clone()).await;
     bar.finish();
     output::print(context.json, &made?, |made| {
         format!(

@@ -55,7 +55,7 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Up(options) => pool::up(context, options).await?,
         Command::Down => pool::down(context).await?,
         Command::Status => pool::status(context).await?,
-        Command::Index { source, output, trace } => image::index(context, &source, output, trace).await?,
+        Command::Index(options) => image::index(context, options).await?,
         Command::Trace { name, output } => image::trace(context, &name, output).await?,
         Command::Add { name, source, index, prefetch } => {
             image::add(context, name, source, index, prefetch).await?;
