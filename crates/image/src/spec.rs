@@ -58,6 +58,7 @@ impl fmt::Display for SourceSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SourceSpec::Directory(path) => write!(f, "dir:{}", path.display()),
+            SourceSpec::Tar(SourceUrl::File(path)) => write!(f, "tar:{}", path.display()),
             SourceSpec::Tar(url) => write!(f, "tar:{url}"),
         }
     }
@@ -69,7 +70,7 @@ mod tests {
 
     #[test]
     fn parses_and_prints() {
-        for text in ["dir:/srv/root", "tar:http://host/a/root.tar.gz"] {
+        for text in ["dir:/srv/root", "tar:/srv/root.tar", "tar:http://host/a/root.tar.gz"] {
             assert_eq!(text.parse::<SourceSpec>().unwrap().to_string(), text);
         }
         let spec: SourceSpec = "tar:http://host/a/root.tar?key=1".parse().unwrap();

@@ -229,6 +229,19 @@ pub(crate) struct Up {
     /// What addresses without content read as; zeros is for benchmarks.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) unmapped: Unmapped,
+    /// How requests come from FUSE under the loop transport. io-uring takes less processor time, but readers get errors
+    /// if the daemon dies; it needs the module parameter fuse.enable_uring.
+    #[arg(long, value_enum, default_value_t, value_name = "ENGINE")]
+    pub(crate) fuse_engine: FuseEngine,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum FuseEngine {
+    /// Reads and writes of /dev/fuse.
+    #[default]
+    Classic,
+    /// FUSE over io_uring.
+    IoUring,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]

@@ -43,6 +43,17 @@ pub enum TransportChoice {
     Loop,
 }
 
+/// How requests come from FUSE under the loop transport.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineChoice {
+    /// Reads and writes of /dev/fuse: survives the daemon's death.
+    #[default]
+    Classic,
+    /// FUSE over io_uring, where the kernel has it on.
+    IoUring,
+}
+
 /// What an address without content reads as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -14,7 +14,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::client::Client;
-use crate::config::{Config, TransportChoice, UnmappedChoice};
+use crate::config::{Config, EngineChoice, TransportChoice, UnmappedChoice};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::protocol::{CacheStatus, Status, VirtualStatus};
@@ -37,6 +37,8 @@ pub struct UpOptions {
     pub threads: Option<u16>,
     /// What addresses without content read as.
     pub unmapped: UnmappedChoice,
+    /// How requests come from FUSE.
+    pub engine: EngineChoice,
     /// Do not go to the background.
     pub foreground: bool,
 }

@@ -36,7 +36,7 @@ pub use busy::{Holder, holders};
 pub use catalog::check_name;
 pub use check::{CheckOptions, check};
 pub use client::Client;
-pub use config::{Config, LocalDevice, Purpose, TransportChoice, UnmappedChoice};
+pub use config::{Config, EngineChoice, LocalDevice, Purpose, TransportChoice, UnmappedChoice};
 pub use daemon::daemon_main;
 pub use directory::PoolDirectory;
 pub use error::{Error, Result};

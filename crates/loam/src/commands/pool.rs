@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use loam_pool::protocol::{Checked, EvictRequest, Evicted, Status};
-use loam_pool::{CheckOptions, InitOptions, UnmappedChoice, UpOptions, UpOutcome};
+use loam_pool::{CheckOptions, EngineChoice, InitOptions, UnmappedChoice, UpOptions, UpOutcome};
 
 use super::Context;
-use crate::arguments::{Init, Unmapped, Up};
+use crate::arguments::{FuseEngine, Init, Unmapped, Up};
 use crate::output::{self, seconds, size};
 
 pub(crate) fn init(context: &Context, options: Init) -> anyhow::Result<()> {
@@ -39,6 +39,10 @@ pub(crate) async fn up(context: &Context, options: Up) -> anyhow::Result<()> {
         unmapped: match options.unmapped {
             Unmapped::Error => UnmappedChoice::Error,
             Unmapped::Zeros => UnmappedChoice::Zeros,
+        },
+        engine: match options.fuse_engine {
+            FuseEngine::Classic => EngineChoice::Classic,
+            FuseEngine::IoUring => EngineChoice::IoUring,
         },
         foreground: options.foreground,
     };

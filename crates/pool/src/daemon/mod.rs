@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use loam_attach::fuse::ServerOptions;
+use loam_attach::fuse::{Engine, ServerOptions};
 use loam_attach::holder::FdStore;
 use loam_attach::{AttachOptions, Attachment, FileAttachment, LoopTransport};
 use loam_block::{BlockDevice, FileDevice};
@@ -22,7 +22,7 @@ use tokio::sync::Notify;
 
 use crate::busy::holders;
 use crate::catalog::Catalog;
-use crate::config::{Config, LocalDevice, Purpose, UnmappedChoice};
+use crate::config::{Config, EngineChoice, LocalDevice, Purpose, UnmappedChoice};
 use crate::content::{ContentSpec, Contents};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
@@ -368,8 +368,16 @@ fn attach(
     store: &FdStore,
 ) -> Result<(Attachment, AttachState)> {
     let runtime = tokio::runtime::Handle::current();
+    let engine = match options.engine {
+        EngineChoice::Classic => Engine::Classic,
+        EngineChoice::IoUring => Engine::Uring,
+    };
     let attach_options = AttachOptions {
-        server: ServerOptions { threads: options.threads.map(usize::from), ..ServerOptions::default() },
+        server: ServerOptions {
+            engine,
+            threads: options.threads.map(usize::from),
+            ..ServerOptions::default()
+        },
         ..AttachOptions::default()
     };
     if let (false, Some(mut state)) = (store.names().is_empty(), AttachState::load(directory)?) {
