@@ -10,11 +10,14 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::directory::PoolDirectory;
+use crate::directory::{PoolDirectory, remove_tree};
 use crate::error::{Context, Error, Result};
 
 /// The runtimes that are tried, in this order.
 const RUNTIMES: [&str; 2] = ["runc", "crun"];
+
+/// The kernel's longest host name (`include/uapi/linux/utsname.h`); names of containers are ASCII.
+const HOST_NAME_MAX: usize = 64;
 
 /// What a program in a container may do as root there: the set that container engines give by default.
 const CAPABILITIES: [&str; 14] = [
@@ -115,7 +118,7 @@ fn runtime_config(options: &RunOptions) -> Value {
     let term = std::env::var("TERM").unwrap_or_else(|_| "xterm".into());
     json!({
         "ociVersion": "1.0.2",
-        "hostname": options.name,
+        "hostname": options.name.get(..HOST_NAME_MAX).unwrap_or(&options.name),
         "root": { "path": options.root, "readonly": false },
         "process": {
             "terminal": options.terminal,
@@ -174,15 +177,6 @@ pub(crate) fn remove_stale_state(directory: &PoolDirectory) -> Result<()> {
         remove_tree(&path)?;
     }
     Ok(())
-}
-
-fn remove_tree(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::step(format!("removing {}", path.display()), error))
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

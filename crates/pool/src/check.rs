@@ -11,7 +11,7 @@ use loam_image::{Entry, EntryKind, Index, Run};
 use loam_seed::Layout;
 use loam_space::{Address, Map};
 
-use crate::catalog::{ImageRecord, Kind};
+use crate::catalog::{Catalog, ImageRecord, Kind};
 use crate::client::Client;
 use crate::config::{Config, LocalDevice};
 use crate::content::{ContentSpec, Contents};
@@ -20,6 +20,7 @@ use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
 use crate::indexes;
 use crate::kernel;
+use crate::launch::hold_down;
 use crate::protocol::{Checked, Finding};
 
 /// Findings of one kind that are listed; the rest is only counted.
@@ -39,7 +40,10 @@ pub struct CheckOptions {
 pub async fn check(directory: &PoolDirectory, options: &CheckOptions) -> Result<Checked> {
     let config = Config::load(directory)?;
     match Client::new(directory).post("/check", &options.read_data).await {
-        Err(Error::NotUp(_)) => offline(directory, &config, options).await,
+        Err(Error::NotUp(_)) => {
+            let _lock = hold_down(directory)?.ok_or_else(|| Error::Locked(directory.root().to_owned()))?;
+            offline(directory, &config, options).await
+        }
         answer => answer,
     }
 }
@@ -141,20 +145,27 @@ pub(crate) fn clones(pool: &Pool) -> Result<Checked> {
         return Ok(checked);
     };
     for name in catalog.names(Kind::Image)? {
-        let record: ImageRecord = catalog.read(Kind::Image, &name)?;
-        check_range(pool, &name, &record, &mut checked);
-        let digest = record.index.parse().step(|| format!("the record of image {name}"))?;
-        let index = match indexes::load(pool.directory(), &digest) {
-            Ok(index) => index,
-            Err(error) => {
-                checked.find("map", format!("image {name}: {}", error.chain()));
-                continue;
-            }
-        };
-        check_files(pool, &catalog.subvolume(Kind::Image, &name), &record, &index, &mut checked)?;
-        checked.count("images", 1);
+        match check_image(pool, catalog, &name, &mut checked) {
+            // Removed meanwhile.
+            Err(_) if catalog.taken(&name).is_none() => {}
+            result => result?,
+        }
     }
     Ok(checked)
+}
+
+fn check_image(pool: &Pool, catalog: &Catalog, name: &str, checked: &mut Checked) -> Result<()> {
+    let record: ImageRecord = catalog.read(Kind::Image, name)?;
+    check_range(pool, name, &record, checked);
+    let digest = record.index.parse().step(|| format!("the record of image {name}"))?;
+    match indexes::load(pool.directory(), &digest) {
+        Ok(index) => {
+            check_files(pool, &catalog.subvolume(Kind::Image, name), &record, &index, checked)?;
+            checked.count("images", 1);
+        }
+        Err(error) => checked.find("map", format!("image {name}: {}", error.chain())),
+    }
+    Ok(())
 }
 
 fn check_range(pool: &Pool, name: &str, record: &ImageRecord, checked: &mut Checked) {

@@ -1,5 +1,7 @@
 //! The other end of the daemon's control socket: HTTP and JSON over a Unix socket in the pool's `run` directory.
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -12,10 +14,14 @@ use tokio::net::UnixStream;
 use crate::directory::PoolDirectory;
 use crate::error::{Error, Result};
 use crate::indexes::Watch;
+use crate::launch::is_held;
 use crate::protocol::{Failure, JobLine, Progress};
 
 /// The longest answer, or line of a streamed answer, that is taken from a daemon.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
+
+/// How long a daemon that died may take to be there again.
+const RESTART_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Talks to the daemon of one pool. Each request has its own connection, so a client has no state to lose.
 #[derive(Debug, Clone)]
@@ -31,7 +37,10 @@ impl Client {
 
     /// Whether a daemon answers on the socket.
     pub async fn is_up(&self) -> bool {
-        self.get::<serde::de::IgnoredAny>("/ready").await.is_ok()
+        let Ok(stream) = self.connect().await else { return false };
+        self.send_on(stream, Method::GET, "/ready", None)
+            .await
+            .is_ok_and(|answer| answer.status().is_success())
     }
 
     /// `GET path`.
@@ -97,20 +106,44 @@ impl Client {
         Err(self.control("it died during the work; what was begun is undone when it starts again"))
     }
 
-    async fn send(&self, method: Method, path: &str, body: Option<Bytes>) -> Result<Response<Incoming>> {
+    async fn connect(&self) -> Result<UnixStream> {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
         let socket = self.directory.control_socket();
-        let stream = match UnixStream::connect(&socket).await {
-            Ok(stream) => stream,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                return Err(Error::NotUp(self.directory.root().to_owned()));
+        UnixStream::connect(&socket).await.map_err(|error| match error.kind() {
+            NotFound | ConnectionRefused => Error::NotUp(self.directory.root().to_owned()),
+            _ => self.control(format!("connecting to {}: {error}", socket.display())),
+        })
+    }
+
+    /// Connects; a daemon that its holder is starting again is waited for.
+    async fn connect_patiently(&self) -> Result<UnixStream> {
+        let began = Instant::now();
+        loop {
+            match self.connect().await {
+                Err(Error::NotUp(_))
+                    if began.elapsed() < RESTART_PATIENCE
+                        && self.directory.run().exists()
+                        && is_held(&self.directory)? =>
+                {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                result => return result,
             }
-            Err(error) => return Err(self.control(format!("connecting to {}: {error}", socket.display()))),
-        };
+        }
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Option<Bytes>) -> Result<Response<Incoming>> {
+        let stream = self.connect_patiently().await?;
+        self.send_on(stream, method, path, body).await
+    }
+
+    async fn send_on(
+        &self,
+        stream: UnixStream,
+        method: Method,
+        path: &str,
+        body: Option<Bytes>,
+    ) -> Result<Response<Incoming>> {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.control(error.to_string()))?;

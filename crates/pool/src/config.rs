@@ -78,7 +78,7 @@ pub(crate) enum LayoutName {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// [`POOL_FORMAT`] when it was made.
+    /// The pool format of the loam that made it.
     pub format: u32,
     /// What the pool is for.
     pub purpose: Purpose,

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::catalog::{Catalog, ContainerRecord, ImageRecord, Kind, remove_subvolume};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::kernel;
 use crate::protocol::{ContainerStatus, CreateRequest};
 
@@ -46,8 +46,8 @@ pub(crate) fn list(catalog: &Catalog) -> Result<Vec<ContainerStatus>> {
     for name in catalog.names(Kind::Container)? {
         match status(catalog, &name) {
             Ok(container) => found.push(container),
-            Err(Error::NotFound { .. }) => {}
-            Err(error) => return Err(error),
+            Err(error) if catalog.taken(&name).is_some() => return Err(error),
+            Err(_) => {}
         }
     }
     Ok(found)

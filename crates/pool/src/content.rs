@@ -168,15 +168,22 @@ impl Contents {
         self.insert(id, spec, Arc::new(chunks), index.trace().to_vec())
     }
 
-    /// Gives back the cached chunks of a content, pinned ones too; they are fetched again if they are read again.
+    /// Gives back the cached chunks of a content, pinned ones too; they are fetched again if they are read again. Its
+    /// source need not be there any more.
     pub(crate) async fn drop_chunks(self: &Arc<Self>, id: ContentId, spec: &ContentSpec) -> Result<()> {
         let what = || format!("evicting {}", spec.source());
+        let (contents, key) = (self.clone(), spec.cache_key(id));
+        let evict = move || contents.cache.evict_content(&key);
+        // What is not pinned needs no device.
+        tokio::task::spawn_blocking(evict.clone()).await.step(what)?;
+        if self.local_bytes(id, spec) == 0 {
+            return Ok(());
+        }
         let traced = self.device(id, spec).await?;
         let device = traced.device();
         let whole = 0..device.source().length();
         device.unpin(&[whole]).await.step(what)?;
-        let (contents, key) = (self.clone(), spec.cache_key(id));
-        tokio::task::spawn_blocking(move || contents.cache.evict_content(&key)).await.step(what)?;
+        tokio::task::spawn_blocking(evict).await.step(what)?;
         Ok(())
     }
 

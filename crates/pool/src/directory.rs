@@ -138,3 +138,13 @@ pub(crate) fn remove_if_there(path: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+/// Removes a directory and all in it; it may be gone already.
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::step(format!("removing {}", path.display()), error))
+        }
+        _ => Ok(()),
+    }
+}

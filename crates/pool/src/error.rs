@@ -124,6 +124,11 @@ impl Error {
         Error::Invalid { what: what.into(), why: why.into() }
     }
 
+    /// A mount that cannot go, with whoever uses it.
+    pub(crate) fn busy(mount: &std::path::Path) -> Self {
+        Error::Busy { path: mount.to_owned(), holders: crate::busy::holders(mount) }
+    }
+
     /// The same error with advice.
     pub fn with_hint(self, advice: impl Into<String>) -> Self {
         match self {

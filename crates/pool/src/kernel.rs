@@ -11,7 +11,6 @@ use loam_seed::{Layout, VIRTUAL_BASE};
 use loam_sys::btrfs::{self, Key};
 use loam_sys::mount::{self, MountFlags};
 
-use crate::busy::holders;
 use crate::config::{Config, Purpose};
 use crate::error::{Context, Error, Result};
 
@@ -119,7 +118,7 @@ pub(crate) fn is_mounted(mount_point: &Path, devices: &[&Path]) -> Result<bool> 
 pub(crate) fn unmount(mount_point: &Path) -> Result<()> {
     mount::unmount(mount_point).map_err(|error| {
         if error.errno() == Some(rustix::io::Errno::BUSY.raw_os_error()) {
-            Error::Busy { path: mount_point.to_owned(), holders: holders(mount_point) }
+            Error::busy(mount_point)
         } else {
             Error::step(format!("unmounting {}", mount_point.display()), error)
         }

@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use loam_attach::holder::{self, Ended};
 use loam_space::Map;
 use rustix::fs::FlockOperation;
+use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
+use tokio::process::Child;
 
 use crate::client::Client;
 use crate::config::{Config, EngineChoice, TransportChoice, UnmappedChoice};
@@ -25,6 +27,9 @@ const START_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long `down` waits for a daemon that is being started again after a crash, and for one to end.
 const DOWN_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long somebody may hold the holder's lock who only looks whether it is free.
+const LOOK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How a pool is to be brought up. Travels as JSON to the processes that it starts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,41 +57,86 @@ pub enum UpOutcome {
     AlreadyUp,
 }
 
-/// Brings the pool up. With `foreground` this process becomes the pool's and does not return.
+/// Brings the pool up. With `foreground` this process becomes the pool's and does not return. Dropping the future undoes
+/// what it had begun.
 ///
 /// # Errors
 /// Why the daemon could not start, in its own words.
 pub async fn up(directory: &PoolDirectory, options: &UpOptions) -> Result<UpOutcome> {
     Config::load(directory)?;
+    if options.foreground && !Client::new(directory).is_up().await {
+        prepare(directory)?;
+        // A service manager that keeps descriptors (it says how many) is the holder itself.
+        let kept = std::env::var("FDSTORE").is_ok_and(|number| number != "0");
+        let role = if kept { "daemon" } else { "holder" };
+        let mut command = own_command(directory, role, &absolute(options)?)?;
+        return Err(Error::step("starting in the foreground", command.exec()));
+    }
+    Ok(match start(directory, options).await? {
+        Some(_) => UpOutcome::Up,
+        None => UpOutcome::AlreadyUp,
+    })
+}
+
+/// Brings the pool up in the background; gives the holder unless it was up, or brought up by somebody else meanwhile.
+pub(crate) async fn start(directory: &PoolDirectory, options: &UpOptions) -> Result<Option<Child>> {
     let client = Client::new(directory);
     if client.is_up().await {
-        return Ok(UpOutcome::AlreadyUp);
+        return Ok(None);
     }
-    fs::create_dir_all(directory.run()).step(|| format!("making {}", directory.run().display()))?;
-    remove_if_there(&directory.failure())?;
-    let options = absolute(options)?;
-    if options.foreground {
-        // Under a service manager that keeps descriptors, that is the holder.
-        let role = if std::env::var_os("NOTIFY_SOCKET").is_some() { "daemon" } else { "holder" };
-        return Err(Error::step(
-            "starting in the foreground",
-            own_command(directory, role, &options)?.exec(),
-        ));
-    }
-    let mut holder = spawn_holder(directory, &options)?;
+    prepare(directory)?;
+    let mut starting = Starting { directory, holder: Some(spawn_holder(directory, &absolute(options)?)?) };
     let began = Instant::now();
     loop {
         if client.is_up().await {
-            return Ok(UpOutcome::Up);
+            return Ok(starting.holder.take());
         }
-        if let Some(status) = holder.try_wait().step(|| "waiting for the daemon".to_owned())? {
-            return Err(failure(directory, &status.to_string()));
+        if let Some(holder) = &mut starting.holder {
+            if let Some(status) = holder.try_wait().step(|| "waiting for the daemon".to_owned())? {
+                starting.holder = None;
+                // Of several that start a pool at once, one becomes its holder; all wait for its daemon.
+                if !is_held(directory)? {
+                    return Err(failure(directory, &status.to_string()));
+                }
+            }
+        } else if !is_held(directory)? && !client.is_up().await {
+            return Err(failure(directory, "as did the one that another command started"));
         }
         if began.elapsed() > START_PATIENCE {
             let why = format!("it has not answered for {} seconds", START_PATIENCE.as_secs());
             return Err(Error::Control { pool: directory.root().to_owned(), why });
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn prepare(directory: &PoolDirectory) -> Result<()> {
+    fs::create_dir_all(directory.run()).step(|| format!("making {}", directory.run().display()))?;
+    remove_if_there(&directory.failure())
+}
+
+/// A pool that is coming up. When nobody waits for it any more, it goes down again.
+struct Starting<'a> {
+    directory: &'a PoolDirectory,
+    holder: Option<Child>,
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        let Some(mut holder) = self.holder.take() else { return };
+        if let Some(pid) = holder.id().and_then(|pid| Pid::from_raw(pid as i32)) {
+            // It passes the signal on, and the daemon goes down as soon as it is up.
+            let _ = rustix::process::kill_process(pid, Signal::TERM);
+        }
+        let began = Instant::now();
+        while began.elapsed() < DOWN_PATIENCE {
+            if matches!(holder.try_wait(), Ok(Some(_))) {
+                // What led here is what the user must see; what is left, the next up or down removes.
+                let _ = Config::load(self.directory).and_then(|config| tear_down(self.directory, &config));
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 
@@ -119,7 +169,7 @@ fn spawn_holder(directory: &PoolDirectory, options: &UpOptions) -> Result<Child>
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     let isolation = loam_sys::process::Isolation { new_session: true, parent_death_signal: None };
     loam_sys::process::inherit(&mut command, Vec::new(), isolation);
-    command.spawn().step(|| "starting the daemon".to_owned())
+    tokio::process::Command::from(command).spawn().step(|| "starting the daemon".to_owned())
 }
 
 /// Why the daemon ended before it answered: its own words where it left any.
@@ -143,7 +193,7 @@ fn failure(directory: &PoolDirectory, status: &str) -> Error {
 /// # Errors
 /// What keeps it from starting the daemon at all.
 pub fn holder_main(directory: &PoolDirectory, options: &UpOptions) -> Result<ExitCode> {
-    let _lock = hold(directory)?;
+    let _lock = hold_soon(directory)?;
     // Fails here rather than in the closure, which cannot.
     own_command(directory, "daemon", options)?;
     let daemon =
@@ -172,8 +222,21 @@ fn hold(directory: &PoolDirectory) -> Result<File> {
     Ok(file)
 }
 
+/// As [`hold`], past those who only look whether somebody else has it.
+fn hold_soon(directory: &PoolDirectory) -> Result<File> {
+    let began = Instant::now();
+    loop {
+        match hold(directory) {
+            Err(Error::Locked(_)) if began.elapsed() < LOOK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
 /// Whether somebody starts the daemon again when it dies.
-fn is_held(directory: &PoolDirectory) -> Result<bool> {
+pub(crate) fn is_held(directory: &PoolDirectory) -> Result<bool> {
     Ok(matches!(hold(directory), Err(Error::Locked(_))))
 }
 
@@ -202,14 +265,14 @@ pub async fn down(directory: &PoolDirectory) -> Result<()> {
             Err(error) => return Err(error),
         }
     }
-    let lock = wait_for_end(directory, began).await?;
+    let lock = keep_down(directory, began).await?;
     tear_down(directory, &config)?;
     drop(lock);
     Ok(())
 }
 
-/// Waits until neither holder nor daemon are left, and keeps others from starting.
-async fn wait_for_end(directory: &PoolDirectory, began: Instant) -> Result<(File, File)> {
+/// Waits until neither holder nor daemon are left, and keeps others from starting until it is dropped.
+async fn keep_down(directory: &PoolDirectory, began: Instant) -> Result<(File, File)> {
     loop {
         if let Ok(holder) = hold(directory) {
             let path = directory.lock();
@@ -225,16 +288,39 @@ async fn wait_for_end(directory: &PoolDirectory, began: Instant) -> Result<(File
     }
 }
 
+/// Keeps a pool that is down from coming up while its files are read; `None` when it is up or coming up.
+pub(crate) fn hold_down(directory: &PoolDirectory) -> Result<Option<File>> {
+    let path = directory.lock();
+    let lock = File::create(&path).step(|| format!("making {}", path.display()))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(Error::step(format!("locking {}", path.display()), error)),
+    }
+}
+
 /// The pool's status: the daemon's own, or what the files tell when it is down.
 ///
 /// # Errors
 /// [`Error::NoPool`], and what is wrong with the map.
 pub async fn status(directory: &PoolDirectory) -> Result<Status> {
     let config = Config::load(directory)?;
-    match Client::new(directory).get("/status").await {
-        Err(Error::NotUp(_)) => {}
-        answer => return answer,
-    }
+    let client = Client::new(directory);
+    let began = Instant::now();
+    let _lock = loop {
+        match client.get("/status").await {
+            Err(Error::NotUp(_)) => {}
+            answer => return answer,
+        }
+        match hold_down(directory)? {
+            Some(lock) => break lock,
+            None if began.elapsed() > DOWN_PATIENCE => {
+                return Err(Error::Locked(directory.root().to_owned()));
+            }
+            // It is on its way up or down.
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
     let map = Map::open(directory.map()).step(|| "opening the map".to_owned())?.stats();
     Ok(Status {
         pool: directory.root().to_owned(),

@@ -10,15 +10,16 @@ use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions, Importer};
 use loam_image::{Index, LoadedTree};
 use loam_seed::{FileTree, Layout, NodeKind, Subvolume};
 use serde::Serialize;
+use tokio::process::Child;
 
 use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose, TransportChoice};
 use crate::content::{ContentSpec, place};
-use crate::directory::PoolDirectory;
+use crate::directory::{PoolDirectory, remove_tree};
 use crate::error::{Context, Error, Result};
 use crate::format::{format_filesystem, format_virtual_only, make_directories, make_map, random_identity};
 use crate::indexes::{self, Obtained, Watch};
 use crate::kernel::IMAGE_SUBVOLUME;
-use crate::launch::{UpOptions, down, up};
+use crate::launch::{UpOptions, down, is_held, start};
 
 /// Bytes of the local device of a mounted image, sparse.
 const LOCAL_BYTES: u64 = 64 << 30;
@@ -42,8 +43,6 @@ pub struct MountOptions {
     pub local: Option<PathBuf>,
     /// How the kernel gets the blocks.
     pub transport: TransportChoice,
-    /// Stay, and unmount when told to end.
-    pub foreground: bool,
 }
 
 /// What was mounted.
@@ -75,9 +74,10 @@ pub async fn mount_image(
     parent: &PoolDirectory,
     options: &MountOptions,
     watch: Arc<dyn Watch>,
-) -> Result<MountReport> {
+) -> Result<Mounted> {
     let started = Instant::now();
     let mount = mount_point(&options.directory)?;
+    let _lock = lock(&mount)?;
     let directory = directory_of(parent, &mount)?;
     clear_leftovers(&directory, &mount).await?;
     let undo = Undo { directory: Some(&directory) };
@@ -94,11 +94,10 @@ pub async fn mount_image(
     make_content(&directory, &config, options, &cache, &index, import)?;
     drop(cache);
     config.save(&directory)?;
-    let up_options =
-        UpOptions { transport: options.transport, foreground: options.foreground, ..UpOptions::default() };
-    up(&directory, &up_options).await?;
+    let up_options = UpOptions { transport: options.transport, ..UpOptions::default() };
+    let holder = start(&directory, &up_options).await?;
     undo.keep();
-    Ok(MountReport {
+    let report = MountReport {
         source: options.source.clone(),
         mount,
         files: index.entry_count(),
@@ -107,7 +106,58 @@ pub async fn mount_image(
         index_ns,
         format_ns,
         elapsed_ns: started.elapsed().as_nanos() as u64,
-    })
+    };
+    Ok(Mounted { report, directory, holder })
+}
+
+/// An image that is mounted. Dropping this leaves it mounted.
+#[derive(Debug)]
+pub struct Mounted {
+    /// What was mounted.
+    pub report: MountReport,
+    directory: PoolDirectory,
+    holder: Option<Child>,
+}
+
+impl Mounted {
+    /// Completes when the image has been unmounted by somebody else, and forgets it then.
+    ///
+    /// # Errors
+    /// What cannot be removed.
+    pub async fn ended(&mut self) -> Result<()> {
+        if let Some(holder) = &mut self.holder {
+            holder.wait().await.step(|| "waiting for the daemon".to_owned())?;
+        }
+        // `loam umount` removes the state itself; a signal to the daemon does not.
+        if self.directory.exists() { self.unmount().await } else { Ok(()) }
+    }
+
+    /// Unmounts the image and forgets it.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]: it stays mounted then.
+    pub async fn unmount(&self) -> Result<()> {
+        forget(&self.directory).await
+    }
+}
+
+/// Takes the pool of a mount down and removes it.
+async fn forget(directory: &PoolDirectory) -> Result<()> {
+    match down(directory).await {
+        // Somebody else was faster.
+        Err(Error::NoPool(_)) => {}
+        result => result?,
+    }
+    remove_tree(directory.root())
+}
+
+/// Keeps others from mounting at the same place meanwhile. The lock is on the directory that the mount will cover.
+fn lock(mount: &Path) -> Result<fs::File> {
+    let what = || format!("mounting on {}", mount.display());
+    let directory = fs::File::open(mount).step(what)?;
+    rustix::fs::flock(&directory, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| Error::step(what(), "another loam is mounting there right now"))?;
+    Ok(directory)
 }
 
 /// Removes the state of a mount that did not come about.
@@ -123,7 +173,8 @@ impl Undo<'_> {
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        if let Some(directory) = self.directory {
+        // A daemon that could not be ended still needs it.
+        if let Some(directory) = self.directory.filter(|directory| !is_held(directory).unwrap_or(false)) {
             // The error that led here is what the user must see.
             let _ = fs::remove_dir_all(directory.root());
         }
@@ -173,7 +224,7 @@ async fn clear_leftovers(directory: &PoolDirectory, mount: &Path) -> Result<()> 
     if directory.exists() {
         down(directory).await?;
     }
-    fs::remove_dir_all(directory.root()).step(|| format!("removing {}", directory.root().display()))
+    remove_tree(directory.root())
 }
 
 /// Formats the pair with the image in it; returns the bytes of its files.
@@ -277,6 +328,5 @@ pub async fn unmount_image(parent: &PoolDirectory, mount: &Path) -> Result<()> {
         return Err(Error::step(mount.display().to_string(), "no image is mounted there by loam")
             .with_hint("loam mount SOURCE DIR mounts one; a pool is taken down by loam down"));
     };
-    down(&directory).await?;
-    fs::remove_dir_all(directory.root()).step(|| format!("removing {}", directory.root().display()))
+    forget(&directory).await
 }

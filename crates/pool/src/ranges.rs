@@ -22,9 +22,9 @@ pub async fn clone_range(directory: &PoolDirectory, address: u64, length: u64, f
     let status: Status = Client::new(directory).get("/status").await?;
     let mount = status.mount.ok_or_else(|| Error::NotUp(directory.root().to_owned()))?;
     let end = address.checked_add(length);
-    if address % 4096 != 0
+    if !address.is_multiple_of(loam_space::BLOCK)
         || length == 0
-        || length % 4096 != 0
+        || !length.is_multiple_of(loam_space::BLOCK)
         || end.is_none_or(|end| end > status.r#virtual.size)
     {
         let why = format!(

@@ -56,7 +56,11 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
         while kernel::is_mounted(&state.mount, &devices)? {
             kernel::unmount(&state.mount)?;
         }
-        remove_devices(&state, local)?;
+        remove_devices(&state, local).map_err(|error| match error {
+            // Unmounted here, but not in every mount namespace.
+            loam_attach::Error::Busy { .. } => Error::busy(&state.mount),
+            error => Error::step(format!("detaching {}", state.device.display()), error),
+        })?;
     } else if let Some(mut local) = find_local(config)? {
         local.detach().step(|| "detaching the local device".to_owned())?;
     }
@@ -67,12 +71,9 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
     Ok(())
 }
 
-fn remove_devices(state: &AttachState, local: Option<FileAttachment>) -> Result<()> {
-    LoopTransport::remove(&state.transport).step(|| format!("detaching {}", state.device.display()))?;
-    if let Some(mut local) = local {
-        local.detach().step(|| format!("detaching {}", local.device_path().display()))?;
-    }
-    Ok(())
+fn remove_devices(state: &AttachState, local: Option<FileAttachment>) -> loam_attach::Result<()> {
+    LoopTransport::remove(&state.transport)?;
+    local.map_or(Ok(()), |mut local| local.detach())
 }
 
 /// The loop device of the pool's local file, where it has one.

@@ -18,9 +18,9 @@ use loam_block::{BlockDevice, FileDevice};
 use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions};
 use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
 use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use crate::busy::holders;
 use crate::catalog::Catalog;
 use crate::config::{Config, EngineChoice, LocalDevice, Purpose, UnmappedChoice};
 use crate::content::{ContentSpec, Contents};
@@ -47,6 +47,8 @@ pub(crate) struct Pool {
     catalog: OnceLock<Catalog>,
     /// Names that are being added right now.
     reserved: Mutex<HashSet<String>>,
+    /// Held while a container is made or a name removed: no image goes while it gets a container.
+    changing: Mutex<()>,
     started: Instant,
     stop: Notify,
     _lock: File,
@@ -79,10 +81,12 @@ fn serve(directory: &PoolDirectory, options: &UpOptions) -> Result<()> {
         .enable_all()
         .build()
         .step(|| "starting the runtime".to_owned())?;
+    // From here on, so that a signal to a daemon that is starting takes it down once it is up.
+    let signals = runtime.block_on(async { Signals::catch() })?;
     let pool = runtime
         .block_on(async { tokio::task::block_in_place(|| Pool::start(directory, config, options, lock)) });
     let pool = Arc::new(pool?);
-    runtime.block_on(pool.clone().answer())?;
+    runtime.block_on(pool.clone().answer(signals))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(())
 }
@@ -130,6 +134,7 @@ impl Pool {
             store,
             catalog: OnceLock::new(),
             reserved: Mutex::default(),
+            changing: Mutex::default(),
             started,
             stop: Notify::new(),
             state,
@@ -140,8 +145,10 @@ impl Pool {
             pool.open_contents();
         }
         if let Err(error) = pool.mount_filesystem() {
-            // Nothing was mounted, so nothing may stay attached.
-            pool.detach()?;
+            // As far as nobody uses it already, nothing stays attached; the error that led here is what must be told.
+            if let Err(left) = pool.unmount() {
+                tracing::warn!("undoing: {}", left.chain());
+            }
             return Err(error);
         }
         Ok(pool)
@@ -173,7 +180,7 @@ impl Pool {
     }
 
     /// Listens on the control socket until told to stop.
-    async fn answer(self: Arc<Self>) -> Result<()> {
+    async fn answer(self: Arc<Self>, signals: Signals) -> Result<()> {
         let socket = self.directory.control_socket();
         remove_if_there(&socket)?;
         let listener = UnixListener::bind(&socket).step(|| format!("listening on {}", socket.display()))?;
@@ -193,7 +200,7 @@ impl Pool {
             ready_ms = self.started.elapsed().as_millis() as u64,
             "serving"
         );
-        let terminated = tokio::spawn(self.clone().obey_signals());
+        let terminated = tokio::spawn(self.clone().obey(signals));
         let watched = tokio::spawn(self.clone().watch_holder());
         let pool = self.clone();
         axum::serve(listener, api::router(self.clone()))
@@ -217,18 +224,9 @@ impl Pool {
     }
 
     /// SIGTERM and SIGINT mean: go down, unless that would break a reader.
-    async fn obey_signals(self: Arc<Self>) {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (Ok(mut terminate), Ok(mut interrupt)) =
-            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-        else {
-            return;
-        };
+    async fn obey(self: Arc<Self>, mut signals: Signals) {
         loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            signals.received().await;
             match tokio::task::block_in_place(|| self.unmount()) {
                 Ok(()) => return self.stop(),
                 Err(error) => tracing::error!("not going down: {}", error.chain()),
@@ -241,20 +239,18 @@ impl Pool {
         if kernel::is_mounted(&self.state.mount, &[&self.state.device, &self.local_device()])? {
             kernel::unmount(&self.state.mount)?;
         }
-        match self.detach() {
-            Err(Error::Busy { path, .. }) => {
-                // Somebody's mount namespace has a copy of the mount, so the filesystem lives on: it gets its place
-                // back, and whoever reads it goes on reading.
-                kernel::mount_pool(
-                    &self.config,
-                    &self.state.device,
-                    &self.local_device(),
-                    &self.state.mount,
-                )?;
-                Err(Error::Busy { holders: holders(&path), path })
-            }
-            detached => detached,
+        let detached = self.detach();
+        if matches!(detached, Err(Error::Busy { .. })) {
+            // Somebody's mount namespace has a copy of the mount, so the filesystem lives on: it gets its place back, and
+            // whoever reads it goes on reading.
+            self.mount_back()?;
+            return Err(Error::busy(&self.state.mount));
         }
+        detached
+    }
+
+    fn mount_back(&self) -> Result<()> {
+        kernel::mount_pool(&self.config, &self.state.device, &self.local_device(), &self.state.mount)
     }
 
     /// The local block device.
@@ -266,9 +262,10 @@ impl Pool {
     }
 
     fn detach(&self) -> Result<()> {
-        lock_of(&self.attachment)
-            .detach(&self.store)
-            .step(|| format!("detaching {}", self.state.device.display()))?;
+        lock_of(&self.attachment).detach(&self.store).map_err(|error| match error {
+            loam_attach::Error::Busy { .. } => Error::busy(&self.state.mount),
+            error => Error::step(format!("detaching {}", self.state.device.display()), error),
+        })?;
         if let Some(local) = lock_of(&self.local).as_mut() {
             local.detach().step(|| "detaching the local device".to_owned())?;
         }
@@ -331,6 +328,26 @@ impl Pool {
         errors.insert("reads_failed".to_owned(), served.errors);
         errors.insert("protocol".to_owned(), served.protocol_errors);
         errors
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self> {
+        let catch = |kind| signal(kind).step(|| "catching signals".to_owned());
+        Ok(Signals { terminate: catch(SignalKind::terminate())?, interrupt: catch(SignalKind::interrupt())? })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
     }
 }
 

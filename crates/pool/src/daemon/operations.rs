@@ -71,8 +71,9 @@ impl Pool {
         for name in self.catalog()?.names(Kind::Image)? {
             match images::status(self, &name) {
                 Ok(image) => shown.push(image),
-                Err(Error::NotFound { .. }) => {}
-                Err(error) => return Err(error),
+                Err(error) if self.catalog()?.taken(&name).is_some() => return Err(error),
+                // Removed meanwhile.
+                Err(_) => {}
             }
         }
         Ok(Listing { images: shown, containers: containers::list(self.catalog()?)? })
@@ -91,6 +92,7 @@ impl Pool {
     /// Makes a container.
     pub(crate) fn create_container(&self, request: &CreateRequest) -> Result<ContainerStatus> {
         let _reserved = self.reserve(&request.name)?;
+        let _alone = lock_of(&self.changing);
         containers::create(self.catalog()?, request)
     }
 
@@ -127,17 +129,27 @@ impl Pool {
     /// elsewhere in the pool; its cached chunks go.
     pub(crate) async fn remove(self: &Arc<Self>, name: String) -> Result<()> {
         let pool = self.clone();
-        let content = tokio::task::spawn_blocking(move || match pool.catalog()?.taken(&name) {
-            Some(Kind::Image) => images::remove(pool.catalog()?, &name),
-            Some(Kind::Container) => pool.catalog()?.remove(Kind::Container, &name).map(|()| None),
-            None => Err(Error::NotFound { kind: "image or container", name }),
+        let content = tokio::task::spawn_blocking(move || {
+            let _alone = lock_of(&pool.changing);
+            match pool.catalog()?.taken(&name) {
+                Some(Kind::Image) => images::remove(pool.catalog()?, &name),
+                Some(Kind::Container) => pool.catalog()?.remove(Kind::Container, &name).map(|()| None),
+                None => Err(Error::NotFound { kind: "image or container", name }),
+            }
         })
         .await
         .step(|| "removing".to_owned())??;
-        match content.map(ContentId) {
-            Some(id) => self.contents.drop_chunks(id, &self.spec(id)?).await,
-            None => Ok(()),
+        if let Some(id) = content.map(ContentId) {
+            // The name is gone; what is left in the cache is only a matter of room.
+            let dropped = match self.spec(id) {
+                Ok(spec) => self.contents.drop_chunks(id, &spec).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = dropped {
+                tracing::warn!("giving back the cache of a removed image: {}", error.chain());
+            }
         }
+        Ok(())
     }
 
     /// The image behind a name, which may be a container's.
