@@ -59,8 +59,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut pool = Sandbox::new(&options.scratch)?;
     let bare = BareServer::start(&data)?;
     let targets = [
-        pool_target(&mut pool, &data)?,
         Target { case: "bare FUSE server", device: bare.device().to_path_buf(), offset: 0 },
+        pool_target(&mut pool, &data)?,
         Target { case: "loop on tmpfs", device: on_tmpfs.path().to_path_buf(), offset: 0 },
     ];
     for target in &targets {
