@@ -10,7 +10,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let arguments = arguments::Arguments::parse();
+    let arguments = match arguments::Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(usage) => return output::report_usage(&usage),
+    };
     match commands::dispatch(arguments) {
         Ok(code) => code,
         Err(error) => output::report(&error),

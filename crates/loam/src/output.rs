@@ -35,6 +35,23 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if usage { 2 } else { 1 })
 }
 
+/// Prints help as it is, and what is wrong with the arguments as every other error.
+pub(crate) fn report_usage(usage: &clap::Error) -> ExitCode {
+    let text = usage.render();
+    if !usage.use_stderr() {
+        // A reader that has seen enough is no error.
+        let _ = write!(std::io::stdout(), "{text}");
+        return ExitCode::SUCCESS;
+    }
+    let text = text.to_string();
+    match text.strip_prefix("error: ") {
+        Some(what) => eprint!("loam: {what}"),
+        // No command at all: help.
+        None => eprint!("{text}"),
+    }
+    ExitCode::from(2)
+}
+
 /// A size for people: whole bytes below 1 KiB, else three digits or so in the unit that fits.
 pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];

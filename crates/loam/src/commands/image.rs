@@ -67,6 +67,7 @@ pub(crate) async fn add(
     let read =
         |path: PathBuf| std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()));
     let prefetch = prefetch.map(read).transpose()?;
+    loam_pool::check_name(&name)?;
     let source = loam_pool::absolute_source(&source)?;
     let index = index.map(|index| loam_pool::absolute_location(&index)).transpose()?;
     let bar = Bar::new(context.json);
@@ -91,6 +92,7 @@ pub(crate) async fn add(
 }
 
 pub(crate) async fn create(context: &Context, name: String, image: String) -> anyhow::Result<()> {
+    loam_pool::check_name(&name)?;
     let request = CreateRequest { name, image, ephemeral_owner: None };
     let made: ContainerStatus = context.client.post("/containers", &request).await?;
     output::print(context.json, &made, |made| made.path.display().to_string())
@@ -99,6 +101,7 @@ pub(crate) async fn create(context: &Context, name: String, image: String) -> an
 pub(crate) async fn run(context: &Context, options: Run) -> anyhow::Result<ExitCode> {
     let pid = std::process::id();
     let name = options.name.unwrap_or_else(|| format!("{}-{pid}", options.image));
+    loam_pool::check_name(&name)?;
     let request = CreateRequest {
         name: name.clone(),
         image: options.image,

@@ -35,21 +35,28 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        // A program in a container gets the signals itself, and what it made is cleaned up behind it.
-        if let Command::Run(options) = command {
-            return image::run(&context, options).await;
-        }
-        tokio::select! {
-            result = asynchronous(&context, command) => result,
-            () = interrupted() => Err(loam_pool::Error::Interrupted("loam".into()).into()),
+        // A program in a container gets the signals itself, and a mount in the foreground ends by them.
+        match command {
+            Command::Run(options) => image::run(&context, options).await,
+            Command::Mount(options) => mount::mount(&context, options).await.map(|()| ExitCode::SUCCESS),
+            command => unless_interrupted(asynchronous(&context, command)).await,
         }
     })
+}
+
+/// The result of `work`, which is dropped on Ctrl-C or SIGTERM: that undoes what it had begun.
+async fn unless_interrupted<T, E: Into<anyhow::Error>>(
+    work: impl Future<Output = Result<T, E>>,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        result = work => result.map_err(Into::into),
+        () = interrupted() => Err(loam_pool::Error::Interrupted("the command".into()).into()),
+    }
 }
 
 async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Check { read_data } => return pool::check(context, read_data).await,
-        Command::Mount(options) => mount::mount(context, options).await?,
         Command::Umount { directory } => mount::umount(context, &directory).await?,
         Command::Init(options) => pool::init(context, options)?,
         Command::Up(options) => pool::up(context, options).await?,
@@ -67,14 +74,18 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Pin { name, paths } => image::pin(context, name, paths).await?,
         Command::Evict { keep } => pool::evict(context, keep.0).await?,
         Command::Range { command } => range::run(context, command).await?,
-        Command::Run(_) | Command::Seed { .. } | Command::Bench(_) | Command::Internal { .. } => {
+        Command::Run(_)
+        | Command::Mount(_)
+        | Command::Seed { .. }
+        | Command::Bench(_)
+        | Command::Internal { .. } => {
             unreachable!("dispatched above")
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Completes on Ctrl-C or SIGTERM; the command's future is dropped then, which undoes what it had begun.
+/// Completes on Ctrl-C or SIGTERM.
 async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate)) =

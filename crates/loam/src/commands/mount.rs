@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use loam_pool::MountOptions;
+use loam_pool::{Error, MountOptions, Mounted};
 
 use super::Context;
 use crate::arguments::Mount;
@@ -10,6 +10,7 @@ use crate::output::{self, seconds, size};
 use crate::progress::Bar;
 
 pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<()> {
+    let foreground = options.foreground;
     let bar = Bar::new(context.json);
     let options = MountOptions {
         source: loam_pool::absolute_source(&options.source)?,
@@ -17,11 +18,12 @@ pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<(
         index: options.index.map(|index| loam_pool::absolute_location(&index)).transpose()?,
         local: options.local,
         transport: options.transport.into(),
-        foreground: options.foreground,
     };
-    let report = loam_pool::mount_image(&context.directory, &options, bar.clone()).await;
+    let mounted =
+        super::unless_interrupted(loam_pool::mount_image(&context.directory, &options, bar.clone())).await;
     bar.finish();
-    output::print(context.json, &report?, |report| {
+    let mounted = mounted?;
+    output::print(context.json, &mounted.report, |report| {
         format!(
             "{} on {}: {} entries, {}, in {} ({} from the source)",
             report.source,
@@ -31,7 +33,24 @@ pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<(
             seconds(report.elapsed_ns),
             size(report.wire_bytes)
         )
-    })
+    })?;
+    if foreground { stay(mounted).await } else { Ok(()) }
+}
+
+/// Stays until the image is unmounted, which Ctrl-C and SIGTERM do; while it is in use they only say by whom.
+async fn stay(mut mounted: Mounted) -> anyhow::Result<()> {
+    loop {
+        tokio::select! {
+            ended = mounted.ended() => return Ok(ended?),
+            () = super::interrupted() => {}
+        }
+        match mounted.unmount().await {
+            Err(error @ (Error::Busy { .. } | Error::Daemon { .. })) => {
+                output::report(&error.into());
+            }
+            result => return Ok(result?),
+        }
+    }
 }
 
 pub(crate) async fn umount(context: &Context, directory: &Path) -> anyhow::Result<()> {
