@@ -26,7 +26,10 @@ impl fmt::Display for Holder {
 /// Finds who uses the filesystem mounted at `mount_point`: best effort, as `/proc` may hide processes. Subvolumes
 /// have device numbers of their own, so paths below the mount point are compared by prefix as well.
 pub fn holders(mount_point: &Path) -> Vec<Holder> {
-    let device = fs::metadata(mount_point).map(|meta| meta.dev()).ok();
+    // Where nothing is mounted (any more), the directory is on the filesystem of its parent, which everybody uses.
+    let device_of = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+    let above = mount_point.parent().and_then(device_of);
+    let device = device_of(mount_point).filter(|&device| Some(device) != above);
     let own_namespace = fs::read_link("/proc/self/ns/mnt").ok();
     let mut found = Vec::new();
     let Ok(processes) = fs::read_dir("/proc") else { return found };
@@ -95,5 +98,20 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(by_path.len(), 1);
         assert_eq!(by_path[0].holds, "its working directory");
+    }
+
+    #[test]
+    fn users_of_the_filesystem_below_are_not_in_the_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let elsewhere = directory.path().join("elsewhere");
+        let empty = directory.path().join("empty");
+        fs::create_dir(&elsewhere).unwrap();
+        fs::create_dir(&empty).unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("60").current_dir(&elsewhere).spawn().unwrap();
+        let found = holders(&empty.canonicalize().unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found.iter().all(|holder| holder.pid != child.id()), "{found:?}");
     }
 }

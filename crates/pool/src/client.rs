@@ -20,6 +20,9 @@ use crate::protocol::{Failure, JobLine, Progress};
 /// The longest answer, or line of a streamed answer, that is taken from a daemon.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
+/// What is told when the answer to long work ends without its last line.
+const DIED: &str = "it died during the work: what was not finished is undone when it starts again; loam ls shows what is there";
+
 /// How long a daemon that died may take to be there again.
 const RESTART_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -85,7 +88,7 @@ impl Client {
         let mut body = self.checked(response).await?;
         let mut pending = Vec::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| self.control(format!("the answer broke off: {error}")))?;
+            let frame = frame.map_err(|_| self.control(DIED))?;
             let Ok(data) = frame.into_data() else { continue };
             if pending.len() + data.len() > MAX_ANSWER_BYTES {
                 return Err(self.control("an answer longer than any should be"));
@@ -103,7 +106,7 @@ impl Client {
                 }
             }
         }
-        Err(self.control("it died during the work; what was begun is undone when it starts again"))
+        Err(self.control(DIED))
     }
 
     async fn connect(&self) -> Result<UnixStream> {

@@ -156,3 +156,67 @@ impl Config {
         Ok(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            format: POOL_FORMAT,
+            purpose: Purpose::Mount,
+            layout: Layout::MegaExtent,
+            virtual_size: 4 << 60,
+            local_size: 64 << 30,
+            local: LocalDevice::Block("/dev/vdb".into()),
+            identity: "0f".repeat(32),
+            cache_limit: 1 << 30,
+            mount_point: Some("/mnt/a b".into()),
+            source: None,
+        }
+    }
+
+    fn written(text: &str) -> (tempfile::TempDir, PoolDirectory) {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = PoolDirectory::new(temporary.path()).unwrap();
+        std::fs::write(directory.config(), text).unwrap();
+        (temporary, directory)
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded() {
+        let (_temporary, directory) = written("");
+        config().save(&directory).unwrap();
+        let loaded = Config::load(&directory).unwrap();
+        assert_eq!(loaded, config());
+        assert_eq!(loaded.identity_bytes(&directory).unwrap(), [15; 32]);
+    }
+
+    #[test]
+    fn a_newer_format_is_named_whatever_else_is_new() {
+        let (_temporary, directory) = written("format = 2\n[of]\nanother = \"kind\"\n");
+        let error = Config::load(&directory).unwrap_err();
+        assert!(matches!(error, Error::NewerFormat { found: 2, known: POOL_FORMAT, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_does_not_parse_and_a_pool_that_is_not_there() {
+        for text in ["", "format = -1", "format = 1\nsurprise = 1", "\0"] {
+            let (_temporary, directory) = written(text);
+            assert!(matches!(Config::load(&directory), Err(Error::BadFile { .. })), "{text:?}");
+        }
+        let nowhere = PoolDirectory::new(Path::new("/nonexistent")).unwrap();
+        assert!(matches!(Config::load(&nowhere), Err(Error::NoPool(_))));
+    }
+
+    #[test]
+    fn an_identity_is_64_digits() {
+        let (_temporary, directory) = written("");
+        for bad in ["", "0f", &"0g".repeat(32), &"\u{e4}".repeat(32)] {
+            let config = Config { identity: bad.to_owned(), ..config() };
+            assert!(config.identity_bytes(&directory).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -94,3 +94,47 @@ fn add_link_targets(index: &Index, links: &HashSet<u32>, ranges: &mut Vec<Range<
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `a/one`, `a/two` and `b`, 4096 bytes each, and the hard link `c` to `a/one`.
+    fn index() -> Index {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        std::fs::create_dir(root.join("a")).unwrap();
+        for name in ["a/one", "a/two", "b"] {
+            std::fs::write(root.join(name), [7; 4096]).unwrap();
+        }
+        std::fs::hard_link(root.join("a/one"), root.join("c")).unwrap();
+        let source: loam_image::SourceSpec = format!("dir:{}", root.display()).parse().unwrap();
+        let options = loam_image::BuildOptions::default();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let built = runtime.block_on(loam_image::build(&source, &options, None)).unwrap();
+        Index::open(built.index).unwrap()
+    }
+
+    fn pinned(index: &Index, paths: &[&str]) -> (Vec<Range<u64>>, u64) {
+        let paths: Vec<String> = paths.iter().map(|path| (*path).to_owned()).collect();
+        ranges_of(index, &paths).unwrap()
+    }
+
+    #[test]
+    fn paths_are_files_directories_and_links() {
+        let index = index();
+        assert_eq!(pinned(&index, &[]).1, index.content_length());
+        assert_eq!(pinned(&index, &["/"]).1, 3 * 4096, "the root is everything");
+        assert_eq!(pinned(&index, &["a/"]).1, 2 * 4096);
+        assert_eq!(pinned(&index, &["/a/one"]), pinned(&index, &["c"]), "two names of one file");
+        assert_eq!(pinned(&index, &["a/one", "c", "./a"]).1, 2 * 4096, "nothing counts twice");
+        let (ranges, _) = pinned(&index, &["b", "a"]);
+        assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start), "{ranges:?}");
+    }
+
+    #[test]
+    fn a_path_that_is_not_there_is_named() {
+        let error = ranges_of(&index(), &["a".to_owned(), "a/three".to_owned()]).unwrap_err();
+        assert!(matches!(&error, Error::NotFound { name, .. } if name == "a/three"), "{error}");
+    }
+}

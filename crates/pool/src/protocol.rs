@@ -335,3 +335,122 @@ pub struct Checked {
     /// Empty when all is well.
     pub findings: Vec<Finding>,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn keys(value: &Value) -> Vec<&str> {
+        value.as_object().unwrap().keys().map(String::as_str).collect()
+    }
+
+    fn image() -> ImageStatus {
+        ImageStatus {
+            name: "debian".into(),
+            source: "tar:http://host/root.tar".into(),
+            path: "/p/mnt/images/debian".into(),
+            files: 3,
+            bytes: 10,
+            local_bytes: 4096,
+            lazy: Lazy::Yes(true),
+        }
+    }
+
+    fn container() -> ContainerStatus {
+        ContainerStatus {
+            name: "web".into(),
+            image: "debian".into(),
+            path: "/p/mnt/containers/web".into(),
+            written_bytes: 1,
+            limit_bytes: None,
+        }
+    }
+
+    /// The names are a promise to scripts: additions are fine, renames are not.
+    #[test]
+    fn the_status_has_the_promised_names() {
+        let status = Status {
+            pool: "/p".into(),
+            state: "up".into(),
+            transport: Some("loop".into()),
+            device: Some("/dev/loop1".into()),
+            mount: Some("/p/mnt".into()),
+            daemon: Some(DaemonStatus { pid: 7, uptime_ns: 8, restarts: 0 }),
+            r#virtual: VirtualStatus { size: 4 << 60, ranges: 1, mapped_bytes: 4096 },
+            cache: CacheStatus::default(),
+            images: vec![image()],
+            containers: vec![container()],
+            errors: BTreeMap::from([("changed".to_owned(), 0)]),
+            requests: BTreeMap::new(),
+        };
+        let value = serde_json::to_value(&status).unwrap();
+        for name in [
+            "pool",
+            "transport",
+            "device",
+            "mount",
+            "daemon",
+            "virtual",
+            "cache",
+            "images",
+            "containers",
+            "errors",
+        ] {
+            assert!(value.get(name).is_some(), "{name}");
+        }
+        assert_eq!(value["daemon"]["pid"], 7);
+        assert_eq!(value["daemon"]["uptime_ns"], 8);
+        assert_eq!(value["virtual"], json!({ "size": 4u64 << 60, "ranges": 1, "mapped_bytes": 4096 }));
+        assert_eq!(
+            keys(&value["cache"]),
+            ["bad_blocks", "bytes", "fetched_bytes", "hits", "limit", "misses"]
+        );
+        let container = json!({
+            "name": "web", "image": "debian", "path": "/p/mnt/containers/web", "written_bytes": 1, "limit_bytes": null,
+        });
+        assert_eq!(value["containers"], json!([container]));
+        assert_eq!(value["images"][0]["lazy"], true);
+    }
+
+    #[test]
+    fn what_is_shown_of_one_name_has_the_promised_names() {
+        let shown = Shown {
+            kind: "image".into(),
+            name: "debian".into(),
+            source: "dir:/srv".into(),
+            image: None,
+            path: "/p/mnt/images/debian".into(),
+            files: 1,
+            bytes: 2,
+            local_bytes: 3,
+            written_bytes: None,
+            lazy: Lazy::No("a compressed archive".into()),
+            index: "00".into(),
+            address: 0,
+            length: 4096,
+        };
+        let value = serde_json::to_value(&shown).unwrap();
+        for name in ["kind", "source", "path", "files", "bytes", "local_bytes", "lazy"] {
+            assert!(value.get(name).is_some(), "{name}");
+        }
+        assert_eq!(value["lazy"], "a compressed archive");
+    }
+
+    #[test]
+    fn lines_of_long_work_go_there_and_back() {
+        let lines = [
+            JobLine::Progress(Progress { step: "reading".into(), done: 1, total: 0, unit: "bytes".into() }),
+            JobLine::Note("so it is".into()),
+            JobLine::Done(image()),
+            JobLine::Failed(Failure { error: "no".into(), hint: None }),
+        ];
+        for (line, tag) in lines.iter().zip(["progress", "note", "done", "failed"]) {
+            let text = serde_json::to_string(line).unwrap();
+            assert!(text.starts_with(&format!("{{\"{tag}\":")), "{text}");
+            let back: JobLine<ImageStatus> = serde_json::from_str(&text).unwrap();
+            assert_eq!(serde_json::to_string(&back).unwrap(), text);
+        }
+    }
+}
