@@ -198,6 +198,27 @@ mod tests {
     }
 
     #[test]
+    fn a_long_name_is_cut_to_a_host_name() {
+        let name = "n".repeat(128);
+        let options = RunOptions { name, root: "/x".into(), command: vec![], terminal: false };
+        let host_name = runtime_config(&options)["hostname"].as_str().map(str::len);
+        assert_eq!(host_name, Some(HOST_NAME_MAX));
+    }
+
+    #[test]
+    fn nothing_is_granted_beyond_the_usual_set() {
+        let options = RunOptions { name: "a".into(), root: "/x".into(), command: vec![], terminal: false };
+        let config = runtime_config(&options);
+        let capabilities = &config["process"]["capabilities"];
+        for set in ["bounding", "effective", "permitted"] {
+            assert_eq!(capabilities[set], json!(CAPABILITIES), "{set}");
+        }
+        assert!(capabilities.get("inheritable").is_none() && capabilities.get("ambient").is_none());
+        assert!(!CAPABILITIES.contains(&"CAP_SYS_ADMIN"));
+        assert_eq!(config["process"]["noNewPrivileges"], true);
+    }
+
+    #[test]
     fn without_a_program_there_is_a_shell() {
         let options = RunOptions { name: "a".into(), root: "/x".into(), command: vec![], terminal: true };
         assert_eq!(runtime_config(&options)["process"]["args"], json!(["/bin/sh"]));

@@ -20,6 +20,9 @@ use crate::protocol::{Failure, JobLine, Progress};
 /// The longest answer, or line of a streamed answer, that is taken from a daemon.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
+/// How often a question that changes nothing is asked when the daemon dies over the answer.
+const ATTEMPTS_MAX: u32 = 3;
+
 /// What is told when the answer to long work ends without its last line.
 const DIED: &str = "it died during the work: what was not finished is undone when it starts again; loam ls shows what is there";
 
@@ -49,10 +52,21 @@ impl Client {
     /// `GET path`.
     ///
     /// # Errors
-    /// [`Error::NotUp`] when nothing listens; [`Error::Daemon`] with the daemon's own words; [`Error::Control`].
+    /// [`Error::NoPool`]; [`Error::NotUp`] when nothing listens; [`Error::Daemon`] with the daemon's own words; [`Error::Control`].
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let response = self.send(Method::GET, path, None).await?;
-        self.decode(self.whole_body(response).await?)
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let answer = async {
+                let response = self.send(Method::GET, path, None).await?;
+                self.decode(self.whole_body(response).await?)
+            };
+            match answer.await {
+                // It died over the answer. Asking changes nothing, so the next daemon is asked.
+                Err(Error::Control { .. }) if attempts < ATTEMPTS_MAX && self.is_held() => {}
+                answer => return answer,
+            }
+        }
     }
 
     /// `POST path` with a JSON body, or without one.
@@ -113,9 +127,17 @@ impl Client {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
         let socket = self.directory.control_socket();
         UnixStream::connect(&socket).await.map_err(|error| match error.kind() {
-            NotFound | ConnectionRefused => Error::NotUp(self.directory.root().to_owned()),
+            NotFound | ConnectionRefused if self.directory.exists() => {
+                Error::NotUp(self.directory.root().to_owned())
+            }
+            NotFound => Error::NoPool(self.directory.root().to_owned()),
             _ => self.control(format!("connecting to {}: {error}", socket.display())),
         })
+    }
+
+    /// Whether somebody starts the daemon again when it dies.
+    fn is_held(&self) -> bool {
+        self.directory.run().exists() && is_held(&self.directory).unwrap_or(false)
     }
 
     /// Connects; a daemon that its holder is starting again is waited for.
@@ -123,11 +145,7 @@ impl Client {
         let began = Instant::now();
         loop {
             match self.connect().await {
-                Err(Error::NotUp(_))
-                    if began.elapsed() < RESTART_PATIENCE
-                        && self.directory.run().exists()
-                        && is_held(&self.directory)? =>
-                {
+                Err(Error::NotUp(_)) if began.elapsed() < RESTART_PATIENCE && self.is_held() => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 result => return result,

@@ -5,8 +5,8 @@
 //! kernel. `loam mount` is the same thing with one image formatted into it beforehand, so there is one code path.
 //!
 //! The daemon (`daemon`) is the only writer of map and cache; command-line tools talk to it over HTTP on a Unix
-//! socket (`client`, `protocol`). What must also work when the daemon is dead (`teardown`, offline checks) lives
-//! in library functions that both call.
+//! socket (`client`, `protocol`). What must also work when the daemon is dead (taking down what it
+//! left, offline checks) lives in library functions that both call.
 
 mod bundle;
 mod busy;
