@@ -3,7 +3,7 @@
 //! requests under way, and taking over a connection with a resend.
 //!
 //! [`wire`] holds the message layouts, [`Session`] decides what to do about a request without doing any I/O,
-//! [`Server`] does it, and [`connect`] makes the kernel's side.
+//! [`Server`] does it, and [`connect()`] makes the kernel's side.
 
 mod buffer;
 mod connect;

@@ -1,7 +1,7 @@
 //! Images: sources that have a file tree (a directory, a tar archive), and the *index* that says all of them but their
 //! data.
 //!
-//! [`build`] reads a source once, forwards, and makes an [`Index`]: the tree with all metadata, where each file's bytes
+//! [`build()`] reads a source once, forwards, and makes an [`Index`]: the tree with all metadata, where each file's bytes
 //! lie, and a digest for every chunk of the content (the byte map is `docs/formats/index.md`). [`trace`] keeps what a run
 //! read first as text that outlives one index.
 

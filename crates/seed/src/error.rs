@@ -5,7 +5,7 @@ use std::io;
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why an image cannot be written or read. What [`crate::verify`] finds wrong in a readable image is no error but a
+/// Why an image cannot be written or read. What [`crate::verify()`] finds wrong in a readable image is no error but a
 /// [`crate::Finding`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
