@@ -23,7 +23,7 @@ Usage: cargo xtask TASK [OPTIONS]
                            format, lints, docs, tidy, unit tests, then the end-to-end tests (root)
   demo [--quick]           everything a user gets, on a real image (root); --quick: a busybox image
   image                    only make the demo's image, and print its path (root)
-  bench [--quick] [start|seed|read]...
+  bench [--quick] [--rounds=N] [start|seed|read]...
                            the figures of docs/benchmarks (root)
   tidy                     the rules that no compiler checks
   deny                     licences, sources and duplicate crates, where cargo-deny is installed
