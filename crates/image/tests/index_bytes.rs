@@ -41,7 +41,9 @@ fn golden_index() -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("golden.tar");
     std::fs::write(&path, golden_archive()).unwrap();
-    let built = build_with(&tar_spec(&path), &BuildOptions::default()).unwrap().index;
+    // Spelt out: other defaults are no other format.
+    let options = BuildOptions { chunk_bytes: 64 << 10, inline_bytes: 512, ..BuildOptions::default() };
+    let built = build_with(&tar_spec(&path), &options).unwrap().index;
     Index::open(built).unwrap().with_trace(&TRACE).unwrap().to_vec()
 }
 
