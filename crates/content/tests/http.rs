@@ -71,6 +71,16 @@ async fn ranges_use_one_connection_and_opening_pinned_sends_nothing() {
 }
 
 #[tokio::test]
+async fn a_version_that_only_an_answer_made_known_is_unlearned_when_it_changes() {
+    let (server, source, bytes) = set_up().await;
+    source.read_at(0, 10).await.unwrap();
+    *server.state.etag.lock().unwrap() = Some("\"two\"".into());
+    assert!(matches!(source.read_at(0, 10).await, Err(Error::Changed { .. })), "the change is told once");
+    assert_eq!(source.read_at(0, 10).await.unwrap(), bytes[..10]);
+    assert_eq!(source.pin().etag.as_deref(), Some("\"two\""));
+}
+
+#[tokio::test]
 async fn opening_learns_the_version_and_expects_it_later() {
     let bytes = pattern(LENGTH, 1);
     let server = Server::start(bytes.clone()).await;

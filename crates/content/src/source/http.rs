@@ -171,14 +171,16 @@ struct Shared {
     client: HttpClient,
     target: Target,
     length: u64,
-    /// Grows by what answers say, until it says all; never changes what it says.
+    /// What the caller knew.
+    given: Pin,
+    /// What is known by now: `given` and what answers said.
     pin: Mutex<Pin>,
     wire: Arc<WireCounters>,
 }
 
 impl HttpSource {
     /// The object at `url` whose version (at least whose length) is known already, from an index say. Sends nothing:
-    /// validators that `pin` does not have are pinned from the first answer on.
+    /// validators that `pin` does not have are pinned from the first answer on, until an answer contradicts them.
     ///
     /// # Errors
     /// [`Error::BadUrl`].
@@ -188,6 +190,7 @@ impl HttpSource {
             client: client.clone(),
             target: Target::new(url)?,
             length: pin.length,
+            given: pin.clone(),
             pin: Mutex::new(pin),
             wire: Arc::default(),
         })))
@@ -201,13 +204,13 @@ impl HttpSource {
         let target = Target::new(url)?;
         let wire = Arc::new(WireCounters::default());
         let pin = range::probe(client, url, &target, &wire).await?;
-        let (length, pin) = (pin.length, Mutex::new(pin));
         Ok(HttpSource(Arc::new(Shared {
             url: url.clone(),
             client: client.clone(),
             target,
-            length,
-            pin,
+            length: pin.length,
+            given: pin.clone(),
+            pin: Mutex::new(pin),
             wire,
         })))
     }

@@ -334,8 +334,12 @@ impl Reader {
             false => Asked::Range { start: self.at, end: self.end },
         };
         let known = Known::from(shared.pin.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let (mut body, answer) = request.send(asked, &known).await?;
-        shared.learn(&answer)?;
+        let sent = request.send(asked, &known).await;
+        let sent = sent.and_then(|(body, answer)| shared.learn(&answer).map(|()| (body, answer)));
+        if let Err(Failure::Final(Error::Changed { .. })) = &sent {
+            shared.unlearn();
+        }
+        let (mut body, answer) = sent?;
         let end = answer.end.unwrap_or(shared.length);
         if answer.start == self.at {
             return Ok((body, end));
@@ -362,6 +366,12 @@ impl Reader {
 }
 
 impl Shared {
+    /// Forgets what was learned beyond what was given at the beginning. A version that only an answer made known may have
+    /// been the wrong one: the read that met another fails, later ones start anew, and digests tell which is right.
+    fn unlearn(&self) {
+        self.pin.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.given);
+    }
+
     /// Pins what an answer says and nobody knew yet.
     fn learn(&self, answer: &Answer) -> Result<(), Failure> {
         let mut pin = self.pin.lock().unwrap_or_else(PoisonError::into_inner);
