@@ -150,11 +150,19 @@ fn absolute(options: &UpOptions) -> Result<UpOptions> {
 
 /// This program in one of its own roles.
 fn own_command(directory: &PoolDirectory, role: &str, options: &UpOptions) -> Result<Command> {
+    own_commands(directory, role, options).map(|make| make())
+}
+
+/// The same, any number of times: what could fail is done before.
+fn own_commands(directory: &PoolDirectory, role: &str, options: &UpOptions) -> Result<impl Fn() -> Command> {
     let program = std::env::current_exe().step(|| "finding this program".to_owned())?;
     let options = serde_json::to_string(options).step(|| "encoding options".to_owned())?;
-    let mut command = Command::new(program);
-    command.arg("--pool").arg(directory.root()).args(["internal", role]).arg(options);
-    Ok(command)
+    let (root, role) = (directory.root().to_owned(), role.to_owned());
+    Ok(move || {
+        let mut command = Command::new(&program);
+        command.arg("--pool").arg(&root).args(["internal", &role]).arg(&options);
+        command
+    })
 }
 
 fn spawn_holder(directory: &PoolDirectory, options: &UpOptions) -> Result<Child> {
@@ -194,10 +202,7 @@ fn failure(directory: &PoolDirectory, status: &str) -> Error {
 /// What keeps it from starting the daemon at all.
 pub fn holder_main(directory: &PoolDirectory, options: &UpOptions) -> Result<ExitCode> {
     let _lock = hold_soon(directory)?;
-    // Fails here rather than in the closure, which cannot.
-    own_command(directory, "daemon", options)?;
-    let daemon =
-        || own_command(directory, "daemon", options).unwrap_or_else(|_| Command::new("/proc/self/exe"));
+    let daemon = own_commands(directory, "daemon", options)?;
     match holder::run(daemon).step(|| "holding the daemon".to_owned())? {
         Ended::Worker(status) if status.success() => Ok(ExitCode::SUCCESS),
         Ended::Worker(_) => Ok(ExitCode::FAILURE),
