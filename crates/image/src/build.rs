@@ -368,3 +368,33 @@ impl Job {
 fn source_error(error: std::io::Error) -> Error {
     crate::tar::from_io(0, error)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Builds from a tar of `files` empty files with room for `entries_max` entries, the root included.
+    fn build_limited(files: u64, entries_max: u64) -> Result<(Vec<u8>, BuildReport)> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("many.tar");
+        let mut archive = tar::Builder::new(File::create(&path).unwrap());
+        for number in 0..files {
+            let mut header = tar::Header::new_ustar();
+            header.set_mode(0o644);
+            header.set_size(0);
+            archive.append_data(&mut header, format!("file{number}"), std::io::empty()).unwrap();
+        }
+        archive.finish().unwrap();
+        let mut job = Job::new(&BuildOptions::default(), None);
+        job.tree = Tree::with_limit(entries_max);
+        job.tar_file(path, Bytes::from_static(b"many.tar"))
+    }
+
+    #[test]
+    fn a_tar_of_too_many_entries_is_refused_with_the_limit() {
+        assert_eq!(build_limited(9, 10).unwrap().1.entries, 10, "the root and nine files fit");
+        let error = build_limited(10, 10).unwrap_err();
+        assert!(matches!(error, Error::Limit { limit: 10, .. }), "{error}");
+        const { assert!(crate::entry::ENTRIES_MAX < 10_000_000, "ten million entries are too many") };
+    }
+}

@@ -77,12 +77,19 @@ pub(crate) struct Tree {
     by_name: HashMap<u64, u32>,
     hasher: RandomState,
     bytes: u64,
+    /// Most names, and most inodes.
+    entries_max: u64,
     no_xattrs: Arc<[Xattr]>,
 }
 
 impl Tree {
     /// A tree of an empty root directory.
     pub(crate) fn new() -> Self {
+        Tree::with_limit(ENTRIES_MAX)
+    }
+
+    /// The same for at most `entries_max` entries, the root included.
+    pub(crate) fn with_limit(entries_max: u64) -> Self {
         let no_xattrs: Arc<[Xattr]> = Arc::new([]);
         let metadata = Metadata { mode: IMPLIED_MODE, xattrs: no_xattrs.clone(), ..Metadata::default() };
         let root = Node {
@@ -102,6 +109,7 @@ impl Tree {
             by_name: HashMap::new(),
             hasher: RandomState::new(),
             bytes: 0,
+            entries_max,
             no_xattrs,
         }
     }
@@ -113,8 +121,8 @@ impl Tree {
 
     /// Makes an inode without a name.
     pub(crate) fn inode(&mut self, kind: InodeKind, mut metadata: Metadata) -> Result<InodeId> {
-        if self.inodes.len() as u64 >= ENTRIES_MAX {
-            return Err(Error::Limit { what: "entries in a source".to_owned(), limit: ENTRIES_MAX });
+        if self.inodes.len() as u64 >= self.entries_max {
+            return Err(Error::Limit { what: "entries in a source".to_owned(), limit: self.entries_max });
         }
         if metadata.xattrs.is_empty() {
             metadata.xattrs = self.no_xattrs.clone();
@@ -214,8 +222,8 @@ impl Tree {
     }
 
     fn add_child(&mut self, parent: u32, name: &[u8], inode: InodeId) -> Result<u32> {
-        if self.nodes.len() as u64 >= ENTRIES_MAX {
-            return Err(Error::Limit { what: "entries in a source".to_owned(), limit: ENTRIES_MAX });
+        if self.nodes.len() as u64 >= self.entries_max {
+            return Err(Error::Limit { what: "entries in a source".to_owned(), limit: self.entries_max });
         }
         debug_assert!(!name.is_empty() && name.len() <= NAME_BYTES_MAX);
         self.count_bytes(name.len())?;

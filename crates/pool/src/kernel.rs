@@ -22,7 +22,8 @@ pub(crate) const VIRTUAL_DATA: &str = ".virtual-data";
 
 /// What the kernel reads ahead, in KiB. btrfs asks for 4 MiB, which over a network is most of an image; around each page
 /// fault of a program that is being started, so much is read whether or not it is wanted. The daemon fetches ahead itself
-/// where a reader proves to be sequential, and reads of local data are no slower for it (docs/benchmarks).
+/// where a reader proves to be sequential; what it costs sequential reads of local data is not settled
+/// (docs/decisions/2026-11-21-traces.md).
 const READ_AHEAD_KIB: u32 = 16;
 
 /// `EXTENT_DATA` items of file trees (`include/uapi/linux/btrfs_tree.h`).
