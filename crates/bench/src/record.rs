@@ -26,7 +26,7 @@ pub(crate) fn stop_between_cases_when_interrupted() -> Result<()> {
 /// What one case came to in one round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// `start`, `seed` or `read`.
+    /// `start`, `seed`, `read`, `clone`.
     pub bench: String,
     /// What all cases of a comparison have in common, such as the link.
     pub setting: String,
@@ -34,8 +34,14 @@ pub struct Record {
     pub case: String,
     /// From 0.
     pub round: u32,
+    /// The options that make the case what it is, of benchmarks that run a matrix: what a report groups by.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, String>,
     /// Values by name; the name ends in the unit (`total_seconds`, `wire_bytes`).
     pub metrics: BTreeMap<String, f64>,
+    /// Why this machine cannot run the case. Such a record has no metrics.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unavailable: Option<String>,
     /// Seconds since the epoch.
     pub time: u64,
     /// Release of the kernel.
@@ -49,11 +55,32 @@ pub struct Record {
 /// The metrics of one case: name and value.
 pub(crate) type Metrics = BTreeMap<String, f64>;
 
+/// What is measured: names it in the results, and tells whether they have it already.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Case {
+    /// As [`Record::bench`].
+    pub(crate) bench: &'static str,
+    /// As [`Record::setting`].
+    pub(crate) setting: String,
+    /// As [`Record::case`].
+    pub(crate) case: String,
+    /// As [`Record::round`].
+    pub(crate) round: u32,
+    /// As [`Record::options`].
+    pub(crate) options: BTreeMap<String, String>,
+}
+
+/// What makes two records measurements of the same: kernels are compared, so each has its own.
+type Key = (String, String, String, u32, BTreeMap<String, String>, String);
+
 /// Appends records to a file and knows which ones it has.
 #[derive(Debug)]
 pub struct Recorder {
     file: File,
-    done: BTreeSet<(String, String, String, u32)>,
+    done: BTreeSet<Key>,
+    /// Cases that could not be run, and why.
+    unavailable: BTreeSet<(Key, String)>,
+    kernel: String,
 }
 
 impl Recorder {
@@ -62,63 +89,110 @@ impl Recorder {
     /// # Errors
     /// The file cannot be read or written, or holds something else.
     pub fn open(path: &Path) -> Result<Self> {
-        let done = match path.exists() {
-            true => load(path)?.into_iter().map(|r| (r.bench, r.setting, r.case, r.round)).collect(),
-            false => BTreeSet::new(),
-        };
+        let (mut done, mut unavailable) = (BTreeSet::new(), BTreeSet::new());
+        for record in if path.exists() { load(path)? } else { Vec::new() } {
+            let Record { bench, setting, case, round, options, kernel, .. } = record;
+            let key = (bench, setting, case, round, options, kernel);
+            match record.unavailable {
+                None => _ = done.insert(key),
+                Some(reason) => _ = unavailable.insert((key, reason)),
+            }
+        }
         let mut file = OpenOptions::new().create(true).append(true).open(path);
         if let (Ok(file), Ok(text)) = (&mut file, std::fs::read(path))
             && text.last().is_some_and(|last| *last != b'\n')
         {
             file.write_all(b"\n")?;
         }
-        Ok(Recorder { file: file.with_context(|| format!("cannot append to {}", path.display()))?, done })
+        let file = file.with_context(|| format!("cannot append to {}", path.display()))?;
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        Ok(Recorder { file, done, unavailable, kernel })
     }
 
-    /// Whether this round of this case was measured already.
-    pub fn has(&self, bench: &str, setting: &str, case: &str, round: u32) -> bool {
-        self.done.contains(&(bench.to_string(), setting.to_string(), case.to_string(), round))
+    fn key(&self, case: &Case) -> Key {
+        let Case { bench, setting, case, round, options } = case.clone();
+        (bench.to_string(), setting, case, round, options, self.kernel.clone())
+    }
+
+    /// Whether this round of this case was measured already, under this kernel.
+    pub(crate) fn has(&self, case: &Case) -> bool {
+        self.done.contains(&self.key(case))
+    }
+
+    /// Measures a case that has no options.
+    ///
+    /// # Errors
+    /// As [`Recorder::measure_case`].
+    pub(crate) fn measure(
+        &mut self,
+        (bench, setting, case, round): (&'static str, &str, &str, u32),
+        measure: impl FnOnce() -> Result<Metrics>,
+    ) -> Result<()> {
+        let (setting, case) = (setting.to_string(), case.to_string());
+        self.measure_case(&Case { bench, setting, case, round, options: BTreeMap::new() }, measure)
     }
 
     /// Measures a case unless the file has it, appends it and says so on stderr.
     ///
     /// # Errors
     /// Those of `measure`, with the case's name, and those of writing.
-    pub(crate) fn measure(
+    pub(crate) fn measure_case(
         &mut self,
-        (bench, setting, case, round): (&str, &str, &str, u32),
+        case: &Case,
         measure: impl FnOnce() -> Result<Metrics>,
     ) -> Result<()> {
-        if self.has(bench, setting, case, round) {
+        if self.has(case) {
             return Ok(());
         }
-        if INTERRUPTED.load(Ordering::SeqCst) {
+        if interrupted() {
             bail!("interrupted; the same command goes on from here");
         }
-        let metrics = measure().with_context(|| format!("{bench}, {setting}, {case}, round {round}"))?;
+        let name = format!("{}, {}, {}, round {}", case.bench, case.setting, case.case, case.round);
+        let metrics = measure().with_context(|| name.clone())?;
         let shown: Vec<_> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
-        eprintln!("{bench}, {setting}, {case}, round {round}: {}", shown.join(", "));
+        eprintln!("{name}: {}", shown.join(", "));
+        self.append(case, metrics, None)?;
+        self.done.insert(self.key(case));
+        Ok(())
+    }
+
+    /// Notes that this machine cannot run a case, once for each reason.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub(crate) fn unavailable(&mut self, case: &Case, reason: &str) -> Result<()> {
+        if !self.has(case) && self.unavailable.insert((self.key(case), reason.to_string())) {
+            eprintln!("{}, {}, {}: not available: {reason}", case.bench, case.setting, case.case);
+            self.append(case, Metrics::new(), Some(reason.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, case: &Case, metrics: Metrics, unavailable: Option<String>) -> Result<()> {
+        let Case { bench, setting, case, round, options } = case.clone();
+        let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
         let record = Record {
             bench: bench.to_string(),
-            setting: setting.to_string(),
-            case: case.to_string(),
+            setting,
+            case,
             round,
+            options,
             metrics,
+            unavailable,
             time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            kernel: self.kernel.clone(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
-            loam: format!(
-                "{} {}",
-                env!("CARGO_PKG_VERSION"),
-                if cfg!(debug_assertions) { "debug" } else { "release" }
-            ),
+            loam: format!("{} {profile}", env!("CARGO_PKG_VERSION")),
         };
         let mut line = serde_json::to_string(&record)?;
         line.push('\n');
-        self.file.write_all(line.as_bytes())?;
-        self.done.insert((record.bench, record.setting, record.case, record.round));
-        Ok(())
+        Ok(self.file.write_all(line.as_bytes())?)
     }
+}
+
+/// Whether Ctrl-C or SIGTERM came: no further case begins.
+pub(crate) fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
 }
 
 /// Reads all records of a file. A last line that was cut off is left out.
