@@ -1,5 +1,6 @@
 //! The suite that every device and layer must pass: bounds, alignment, empty requests, read-after-write against a
-//! model, extents, zeroes, trims, refusals of read-only devices, and lazy, cancel-safe futures.
+//! model, extents, zeroes, trims, refusals of read-only devices, lazy, cancel-safe futures, and locations that hold what
+//! a read gives.
 //!
 //! A breach panics with the seed of the run, which replays it. Behind the feature `conformance`; meant for tests:
 //!
@@ -17,7 +18,7 @@ use std::task::{Context, Waker};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::{BlockDevice, ErrorKind, Extent, ExtentKind, Io, WriteFlags, ZeroFlags};
+use crate::{Access, BlockDevice, ErrorKind, Extent, ExtentKind, Io, WriteFlags, ZeroFlags};
 
 /// Bytes at the start and at the end of the device that the random operations play with.
 const WINDOW: u64 = 256 << 10;
@@ -61,6 +62,7 @@ pub fn run(device: &dyn BlockDevice, profile: &Profile) {
         check_geometry(device);
         check_bounds(device).await;
         check_empty_requests(device).await;
+        check_locations(device);
         if device.capabilities().write {
             check_laziness(device).await;
         } else {
@@ -143,6 +145,43 @@ async fn check_empty_requests(device: &dyn BlockDevice) {
     let kind = device.extents(0, 0, 1).await.expect_err("an empty range has no extents").kind();
     assert_eq!(kind, ErrorKind::Invalid);
     device.flush().await.expect("flush");
+}
+
+/// No location where a read would be refused.
+fn check_locations(device: &dyn BlockDevice) {
+    let geometry = device.geometry();
+    let (size, block) = (geometry.size, u64::from(geometry.minimum_block));
+    let mut refused = vec![(0, 0), (size, 0), (size, 4096), (size - 4096, 8192), (0, u64::MAX)];
+    refused.extend([(u64::MAX - 4095, 4096), (u64::MAX, 8192)]);
+    if block > 1 {
+        refused.extend([(1, block), (0, block + 1), (block / 2, block)]);
+    }
+    for (offset, length) in refused {
+        for access in [Access::Seen, Access::Unseen] {
+            let located = device.locate(offset, length, access);
+            assert!(located.is_none(), "{length} bytes at {offset} have a location: {located:?}");
+        }
+    }
+}
+
+/// The bytes that lie where `device` says that `length` bytes at `offset` lie; `None` where it does not say, or takes it
+/// back when it is asked to settle.
+///
+/// # Panics
+/// When the location cannot be read.
+pub fn read_located(device: &dyn BlockDevice, offset: u64, length: usize, access: Access) -> Option<Vec<u8>> {
+    const ALIGNMENT: usize = 4096;
+    let located = device.locate(offset, length as u64, access)?;
+    let mut memory = vec![0xa5; length + ALIGNMENT - 1];
+    let start = memory.as_ptr().align_offset(ALIGNMENT);
+    let bytes = &mut memory[start..][..length];
+    let mut done = 0;
+    while done < length {
+        let read = rustix::io::pread(located.file, &mut bytes[done..], located.offset + done as u64);
+        done += read.ok().filter(|read| *read > 0).expect("a location that can be read to its end");
+    }
+    let shown = (access == Access::Seen).then_some(&*bytes);
+    device.settle(located.ticket, shown).then(|| bytes.to_vec())
 }
 
 async fn check_refusals(device: &dyn BlockDevice) {
@@ -327,6 +366,11 @@ impl<'a> Model<'a> {
                 bytes[wrong],
                 expected[wrong]
             );
+        }
+        for access in [Access::Seen, Access::Unseen] {
+            let located = read_located(self.device, start + offset, length as usize, access);
+            let same = located.is_none_or(|located| located == expected);
+            assert!(same, "{}: a location {access:?} holds other bytes than a read gives", self.describe(at));
         }
     }
 

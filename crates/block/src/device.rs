@@ -1,6 +1,6 @@
 //! The [`BlockDevice`] trait and the types of its requests.
 
-use crate::{Error, ErrorKind, Io, Result};
+use crate::{Access, Error, ErrorKind, Io, Located, Result, Ticket};
 
 /// Size and block sizes of a device, in bytes. Fixed while the device is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +109,25 @@ pub trait BlockDevice: Send + Sync {
     /// the limit or where looking further would take long: a caller that wants more asks again from their end.
     /// `length` is at least 1 (else [`ErrorKind::Invalid`]); a `limit` of 0 counts as 1.
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>>;
+
+    /// Where `length` bytes at `offset` lie in a local file, for a transport that lets the kernel move them. `None`: not
+    /// local, not in one piece, out of bounds, empty, or not known: use [`BlockDevice::read`], which says why. Never
+    /// waits, allocates or takes a lock. A run that has no location now may have one the next time, and the other way
+    /// round.
+    ///
+    /// [`Located`] says what goes for the file. Whoever reads there asks [`BlockDevice::settle`] before the bytes are
+    /// given out.
+    fn locate(&self, _offset: u64, _length: u64, _access: Access) -> Option<Located<'_>> {
+        None
+    }
+
+    /// Whether all the bytes of the location of `ticket`, which were read between the two calls, may be given out. If
+    /// not, they are forgotten, and [`BlockDevice::read`] brings the right ones. `bytes` are those that were read, and
+    /// must be there if the location was asked for with [`Access::Seen`]. Never waits, allocates or takes a lock. Asked
+    /// at most once for a ticket; a location that was not read, or not wholly, is not settled at all.
+    fn settle(&self, _ticket: Ticket, _bytes: Option<&[u8]>) -> bool {
+        true
+    }
 }
 
 /// The longest request that the devices of this crate ask for in one piece, in bytes; the limit that NBD's

@@ -16,6 +16,11 @@
 //!
 //! `docs/decisions/2026-11-21-io-shape.md` weighs this against a channel for each thread.
 //!
+//! # Where bytes lie
+//!
+//! A device whose bytes lie in a local file can say where ([`BlockDevice::locate`], [`BlockDevice::settle`]), so that a
+//! transport reads them through its own ring or lets the kernel move them. Everything works without.
+//!
 //! # Devices
 //!
 //! [`FileDevice`] (a regular file or a block device), [`MemoryDevice`] (sparse, of any size), [`NullDevice`] and
@@ -44,6 +49,7 @@ mod device;
 mod error;
 mod file;
 mod io;
+mod location;
 mod memory;
 mod null;
 mod pattern;
@@ -57,6 +63,7 @@ pub use device::{
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileDevice, FileOptions};
 pub use io::Io;
+pub use location::{Access, Located, Ticket};
 pub use memory::MemoryDevice;
 pub use null::NullDevice;
 pub use pattern::PatternDevice;

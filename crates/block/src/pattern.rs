@@ -59,7 +59,7 @@ fn byte_at(offset: u64) -> u8 {
     (offset / WORD * WORD).to_be_bytes()[(offset % WORD) as usize]
 }
 
-fn fill(offset: u64, buffer: &mut [u8]) {
+pub(crate) fn fill(offset: u64, buffer: &mut [u8]) {
     let misaligned = ((WORD - offset % WORD) % WORD) as usize;
     let (head, rest) = buffer.split_at_mut(misaligned.min(buffer.len()));
     for (i, byte) in head.iter_mut().enumerate() {

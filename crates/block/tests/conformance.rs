@@ -1,7 +1,9 @@
 //! Every device of the crate keeps the contract of `BlockDevice`.
 
-use loam_block::conformance::{Contents, Profile, run};
-use loam_block::{BlockDevice, FileDevice, FileOptions, MemoryDevice, NullDevice, PatternDevice, WriteFlags};
+use loam_block::conformance::{Contents, Profile, read_located, run};
+use loam_block::{
+    Access, BlockDevice, FileDevice, FileOptions, MemoryDevice, NullDevice, PatternDevice, WriteFlags,
+};
 
 const SEEDS: std::ops::Range<u64> = 0..4;
 
@@ -46,6 +48,27 @@ fn buffered_file() {
         };
         run_seeds(Contents::Stored, new);
     }
+}
+
+#[test]
+fn file_in_memory() {
+    run_seeds(Contents::Stored, || Box::new(FileDevice::in_memory(1 << 20).expect("memory")));
+}
+
+#[test]
+fn files_say_where_their_bytes_lie_and_memory_does_not() {
+    let [directory, _] = directories();
+    for direct in [false, true] {
+        let path = directory.path().join(format!("direct-{direct}"));
+        std::fs::write(&path, [7; 64 << 10]).expect("file");
+        let device = FileDevice::open(&path, FileOptions { direct, read_only: true }).expect("file");
+        for access in [Access::Seen, Access::Unseen] {
+            assert_eq!(read_located(&device, 8192, 4096, access), Some(vec![7; 4096]));
+        }
+    }
+    let memory: [&dyn BlockDevice; 3] =
+        [&MemoryDevice::new(1 << 20), &NullDevice::new(1 << 20), &PatternDevice::new(1 << 20)];
+    assert!(memory.iter().all(|device| device.locate(0, 4096, Access::Seen).is_none()));
 }
 
 #[test]

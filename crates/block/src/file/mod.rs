@@ -15,12 +15,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::device::check_extents_range;
+use crate::pattern;
 use crate::{
-    BlockDevice, Capabilities, Error, ErrorKind, Extent, Geometry, Io, Result, WriteFlags, ZeroFlags,
-    check_range,
+    Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, Geometry, Io, Located, Result, Ticket,
+    WriteFlags, ZeroFlags, check_range,
 };
 use extents::DataCache;
 use raw::RawFile;
+
+/// Bytes of a pattern that are made before they are written.
+const PATTERN_PIECE: u64 = 1 << 20;
 
 /// How a file is opened as a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,6 +66,32 @@ impl FileDevice {
             Error::from_os(format!("making {} with {size} bytes", path.display()), source)
         })?;
         FileDevice::open(path, options)
+    }
+
+    /// An anonymous file in memory (`memfd_create`) of `size` bytes, all zero: memory that a transport's kernel side can
+    /// read by itself. Nothing is allocated for what was not written.
+    ///
+    /// # Errors
+    /// When the kernel gives none of this size.
+    pub fn in_memory(size: u64) -> Result<Self> {
+        let (file, geometry) = RawFile::in_memory(size)?;
+        Ok(FileDevice { file: Arc::new(file), geometry, known_data: Arc::default() })
+    }
+
+    /// The bytes of a [`PatternDevice`](crate::PatternDevice) of `size` bytes, written to a file as
+    /// [`FileDevice::in_memory`] makes it: they take their room in memory.
+    ///
+    /// # Errors
+    /// When the kernel gives no file of this size, or memory runs out.
+    pub fn pattern_in_memory(size: u64) -> Result<Self> {
+        let device = FileDevice::in_memory(size)?;
+        let mut piece = vec![0; PATTERN_PIECE.min(size) as usize];
+        for offset in (0..size).step_by(PATTERN_PIECE as usize) {
+            let piece = &mut piece[..PATTERN_PIECE.min(size - offset) as usize];
+            pattern::fill(offset, piece);
+            device.file.write_blocking(offset, piece, false)?;
+        }
+        Ok(device)
     }
 
     /// Where the file lies.
@@ -196,6 +226,14 @@ impl BlockDevice for FileDevice {
         let known_data = Arc::clone(&self.known_data);
         self.on_pool(move |file| extents::collect(file, &known_data, offset, length, limit))
     }
+
+    /// Always: whoever has the file may read it. A file that was cut short gives a short read, and `read` says so.
+    fn locate(&self, offset: u64, length: u64, _access: Access) -> Option<Located<'_>> {
+        let aligned = (offset | length) & (u64::from(self.geometry.minimum_block) - 1) == 0;
+        let inside = offset.checked_add(length).is_some_and(|end| end <= self.geometry.size);
+        let ticket = Ticket::new(offset, length, 0).filter(|_| aligned && inside)?;
+        Some(Located { file: self.file.as_fd(), offset, ticket })
+    }
 }
 
 #[cfg(test)]
@@ -226,6 +264,16 @@ mod tests {
         let error = device.read(0, &mut [0; 8192]).await.expect_err("half of it is gone");
         assert!(error.to_string().contains("cut short"), "{error}");
         Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_pattern_in_memory_is_all_there() -> Result<()> {
+        let size = PATTERN_PIECE + 12_288;
+        let device = FileDevice::pattern_in_memory(size)?;
+        assert_eq!(device.geometry().size, size);
+        let mut bytes = vec![0; size as usize];
+        device.read(0, &mut bytes).await?;
+        crate::PatternDevice::verify(0, &bytes)
     }
 
     #[test]

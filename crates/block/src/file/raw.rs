@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, MemfdFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::FileOptions;
@@ -72,6 +73,19 @@ impl RawFile {
             .custom_flags((flags | OFlags::CLOEXEC).bits() as i32)
             .open(&path)
             .map_err(|source| Error::from_os(context(), source))?;
+        RawFile::of(file, path, options)
+    }
+
+    pub(super) fn in_memory(size: u64) -> Result<(Self, Geometry)> {
+        let context = || format!("making a file of {size} bytes in memory");
+        let file = rustix::fs::memfd_create(c"loam-memory", MemfdFlags::CLOEXEC).map(File::from);
+        let file = file.map_err(|errno| Error::from_os(context(), errno.into()))?;
+        file.set_len(size).map_err(|source| Error::from_os(context(), source))?;
+        RawFile::of(file, "memory".into(), FileOptions::default())
+    }
+
+    fn of(file: File, path: PathBuf, options: FileOptions) -> Result<(Self, Geometry)> {
+        let context = || format!("opening {} as a device", path.display());
         let metadata = file.metadata().map_err(|source| Error::from_os(context(), source))?;
         let kind = if metadata.is_file() {
             let file_system =
@@ -126,6 +140,10 @@ impl RawFile {
         let dio = dio.ok().map(|stat| stat.stx_dio_offset_align).filter(|align| align.is_power_of_two());
         // Kernels before 6.1 do not say; 4096 is a multiple of every sector size in use.
         Ok(dio.unwrap_or(4096).max(sector))
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     pub(super) fn is_regular(&self) -> bool {
