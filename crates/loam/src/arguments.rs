@@ -342,6 +342,11 @@ pub(crate) enum Internal {
         /// `UpOptions` as JSON.
         options: String,
     },
+    /// Mounts or unmounts for the daemon, whose own threads must not wait for blocks that it serves.
+    Mount {
+        /// What to do, as JSON.
+        work: String,
+    },
     /// Serves one pool.
     Daemon {
         /// `UpOptions` as JSON.

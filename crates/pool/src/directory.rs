@@ -82,6 +82,11 @@ impl PoolDirectory {
         self.run().join("attach.json")
     }
 
+    /// Held by who mounts or unmounts the pool's filesystem.
+    pub fn mount_lock(&self) -> PathBuf {
+        self.run().join("mount.lock")
+    }
+
     /// Why the daemon could not start, in one line.
     pub fn failure(&self) -> PathBuf {
         self.run().join("failure")

@@ -8,6 +8,7 @@
 //! socket (`client`, `protocol`). What must also work when the daemon is dead (taking down what it
 //! left, offline checks) lives in library functions that both call.
 
+mod apart;
 mod bundle;
 mod busy;
 mod catalog;
@@ -31,6 +32,7 @@ mod ranges;
 mod state;
 mod trace;
 
+pub use apart::mount_main;
 pub use bundle::{RunOptions, run_container};
 pub use busy::{Holder, holders};
 pub use catalog::check_name;

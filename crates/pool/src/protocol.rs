@@ -191,7 +191,7 @@ pub struct Progress {
 }
 
 /// An error as the daemon tells it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// What and why.
     pub error: String,

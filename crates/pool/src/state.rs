@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, LocalDevice};
 use crate::directory::{PoolDirectory, remove_if_there, write_atomic};
 use crate::error::{Context, Error, Result};
-use crate::{bundle, kernel};
+use crate::{apart, bundle};
 
 /// The contents of `run/attach.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,9 +53,7 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
         let local_path = local.as_ref().map(FileAttachment::device_path);
         let devices: Vec<&Path> =
             [Some(state.device.as_path()), local_path.as_deref()].into_iter().flatten().collect();
-        while kernel::is_mounted(&state.mount, &devices)? {
-            kernel::unmount(&state.mount)?;
-        }
+        apart::unmount(directory, &devices, &state.mount)?;
         remove_devices(&state, local).map_err(|error| match error {
             // Unmounted here, but not in every mount namespace.
             loam_attach::Error::Busy { .. } => Error::busy(&state.mount),

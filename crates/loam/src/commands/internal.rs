@@ -1,4 +1,4 @@
-//! Processes that loam starts itself: the holder of descriptors and the daemon.
+//! Processes that loam starts itself: the holder of descriptors, the daemon, and who mounts for it.
 
 use std::process::ExitCode;
 
@@ -13,6 +13,7 @@ pub(crate) fn run(context: &Context, command: Internal) -> anyhow::Result<ExitCo
             let options: UpOptions = serde_json::from_str(&options)?;
             Ok(loam_pool::holder_main(&context.directory, &options)?)
         }
+        Internal::Mount { work } => Ok(loam_pool::mount_main(&context.directory, &work)?),
         Internal::Daemon { options } => {
             let options: UpOptions = serde_json::from_str(&options)?;
             let filter = tracing_subscriber::EnvFilter::try_from_env("LOAM_LOG")

@@ -21,12 +21,12 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
+use crate::apart;
 use crate::catalog::Catalog;
 use crate::config::{Config, EngineChoice, LocalDevice, Purpose, UnmappedChoice};
 use crate::content::{ContentSpec, Contents};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
-use crate::kernel;
 use crate::launch::UpOptions;
 use crate::state::{AttachState, find_local, tear_down};
 
@@ -168,7 +168,7 @@ impl Pool {
     }
 
     fn mount_filesystem(&self) -> Result<()> {
-        kernel::mount_pool(&self.config, &self.state.device, &self.local_device(), &self.state.mount)?;
+        self.mount_back()?;
         if self.config.purpose == Purpose::Pool {
             let catalog = Catalog::open(&self.state.mount, self.config.virtual_size)?;
             for removed in catalog.mend()? {
@@ -236,9 +236,8 @@ impl Pool {
 
     /// Unmounts and detaches everything; when something is busy, says what, and goes on as before.
     fn unmount(&self) -> Result<()> {
-        if kernel::is_mounted(&self.state.mount, &[&self.state.device, &self.local_device()])? {
-            kernel::unmount(&self.state.mount)?;
-        }
+        let local = self.local_device();
+        apart::unmount(&self.directory, &[&self.state.device, &local], &self.state.mount)?;
         let detached = self.detach();
         if matches!(detached, Err(Error::Busy { .. })) {
             // Somebody's mount namespace has a copy of the mount, so the filesystem lives on: it gets its place back, and
@@ -250,7 +249,7 @@ impl Pool {
     }
 
     fn mount_back(&self) -> Result<()> {
-        kernel::mount_pool(&self.config, &self.state.device, &self.local_device(), &self.state.mount)
+        apart::mount(&self.directory, &self.state.device, &self.local_device(), &self.state.mount)
     }
 
     /// The local block device.
