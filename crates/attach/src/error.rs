@@ -15,13 +15,13 @@ pub enum Error {
     /// The device is mounted, or held by someone else exclusively. Nothing was changed.
     #[error("{} is in use: unmount what is on it first", .device.display())]
     Busy {
-        /// The loop device.
+        /// The block device.
         device: PathBuf,
     },
     /// Nothing holds the device exclusively, but somebody keeps it open. It goes away when they close it.
     #[error("{} is still open in another process; it goes away when that closes it", .device.display())]
     StillOpen {
-        /// The loop device.
+        /// The block device.
         device: PathBuf,
     },
     /// The kernel cannot send unanswered requests again.
@@ -38,7 +38,28 @@ pub enum Error {
     /// The device cannot be served this way.
     #[error("cannot attach: {0}")]
     Unsuitable(String),
+    /// This machine does not have the transport, or not for this process.
+    #[error("no {transport} here: {why}")]
+    Unavailable {
+        /// "ublk", "loop".
+        transport: &'static str,
+        /// What was tried, and what came of it.
+        why: String,
+        /// What the user can do.
+        hint: &'static str,
+    },
     /// The holder of descriptors spoke in an unknown way, or ended.
     #[error("descriptor store: {0}")]
     Store(String),
+}
+
+impl Error {
+    /// What the user can do about it, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Error::Unavailable { hint, .. } => Some(hint),
+            Error::System(error) => error.hint(),
+            _ => None,
+        }
+    }
 }

@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use loam_block::{BlockDevice, Capabilities, Extent, Geometry, Io, WriteFlags, ZeroFlags};
+use loam_block::{
+    Access, BlockDevice, Capabilities, Extent, Geometry, Io, Located, Ticket, WriteFlags, ZeroFlags,
+};
 use loam_content::CachedDevice;
 use loam_space::BLOCK;
 
@@ -107,6 +109,16 @@ impl BlockDevice for Traced {
 
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>> {
         self.device.extents(offset, length, limit)
+    }
+
+    fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
+        let located = self.device.locate(offset, length, access)?;
+        self.recorder.note(offset, length);
+        Some(located)
+    }
+
+    fn settle(&self, ticket: Ticket, bytes: Option<&[u8]>) -> bool {
+        self.device.settle(ticket, bytes)
     }
 }
 
