@@ -5,12 +5,13 @@
 //! read through `arc-swap`, devices lie in slots that are filled once and never emptied. For the same reason there
 //! are counters of what is exceptional only; contents count their own reads.
 
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use loam_block::{
-    BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, WriteFlags,
-    ZeroFlags, check_extents_range, check_range,
+    Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, Located,
+    MAXIMUM_BLOCK, Ticket, WriteFlags, ZeroFlags, check_extents_range, check_range,
 };
 use tokio::sync::OnceCell;
 
@@ -261,6 +262,26 @@ impl<S: Storage> BlockDevice for AddressSpace<S> {
         let checked = check_extents_range(&self.geometry(), offset, length);
         Io::Ready(checked.map(|()| self.collect_extents(offset, length, limit)))
     }
+
+    /// Of what lies in one range of a content that was read before. Ranges never change, so a location is right if it is
+    /// right in its content.
+    fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
+        let end = offset.checked_add(length)?;
+        let range = self.map.lookup(Address(offset)).filter(|range| end <= range.end().0)?;
+        let device = self.slots.get(range.content)?;
+        let located = device.locate(range.content_offset + (offset - range.start.0), length, access)?;
+        let ticket = located.ticket.routed(route_to(range.content)?)?;
+        Some(Located { ticket, ..located })
+    }
+
+    fn settle(&self, ticket: Ticket, bytes: Option<&[u8]>) -> bool {
+        let device = ticket.route.and_then(|route| self.slots.get(ContentId(route.get() - 1)));
+        device.is_some_and(|device| device.settle(ticket.unrouted(), bytes))
+    }
+}
+
+fn route_to(content: ContentId) -> Option<NonZeroU32> {
+    NonZeroU32::new(content.0.checked_add(1)?)
 }
 
 /// The answer of a read-only device to whatever would change it.

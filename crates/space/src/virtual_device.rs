@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use loam_block::{
-    BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, WriteFlags, ZeroFlags,
-    check_extents_range, check_range,
+    Access, BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, Located, MAXIMUM_BLOCK, Ticket,
+    WriteFlags, ZeroFlags, check_extents_range, check_range,
 };
 
 use crate::space::{AddressSpace, refuse};
@@ -115,6 +115,23 @@ impl<S: Storage> BlockDevice for VirtualDevice<S> {
         match self.space.extents(offset - VIRTUAL_BASE, length, limit) {
             Io::Ready(extents) => Io::Ready(extents.map(shift)),
             pending => Io::pending(async move { pending.await.map(shift) }),
+        }
+    }
+
+    /// Tickets of the address space are routed to a content; the prefix is one device, whose tickets are not.
+    fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
+        if let Some(address) = offset.checked_sub(VIRTUAL_BASE) {
+            return self.space.locate(address, length, access);
+        }
+        let end = offset.checked_add(length).filter(|end| *end <= self.prefix_end())?;
+        let located = self.prefix.locate(offset, end - offset, access);
+        located.filter(|located| located.ticket.route.is_none())
+    }
+
+    fn settle(&self, ticket: Ticket, bytes: Option<&[u8]>) -> bool {
+        match ticket.route {
+            Some(_) => self.space.settle(ticket, bytes),
+            None => self.prefix.settle(ticket, bytes),
         }
     }
 }

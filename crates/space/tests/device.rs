@@ -4,16 +4,64 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use loam_block::conformance::{Contents, Profile, run};
+use loam_block::conformance::{Contents, Profile, read_located, run};
 use loam_block::{
-    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Io, MemoryDevice, PatternDevice, WriteFlags, ZeroFlags,
+    Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, FileDevice, Geometry, Io,
+    Located, MemoryDevice, PatternDevice, Ticket, WriteFlags, ZeroFlags,
 };
 use loam_sim::{FaultyDevice, Operation};
 use loam_space::{
     Address, AddressSpace, Allocation, BLOCK, ContentId, Map, Resolver, Unmapped, VIRTUAL_BASE, VirtualDevice,
 };
 
-/// Contents whose spec is a byte that fills them; `p` is the pattern, `d` a pattern that takes its time.
+/// A pattern in a file that settles only what lies in its second half.
+struct HalfSettled(FileDevice);
+
+impl BlockDevice for HalfSettled {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
+        self.0.read(offset, buffer)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], flags: WriteFlags) -> Io<'a, ()> {
+        self.0.write(offset, data, flags)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        self.0.write_zeroes(offset, length, flags)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        self.0.trim(offset, length)
+    }
+
+    fn flush(&self) -> Io<'_, ()> {
+        self.0.flush()
+    }
+
+    fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>> {
+        self.0.extents(offset, length, limit)
+    }
+
+    fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
+        self.0.locate(offset, length, access)
+    }
+
+    fn settle(&self, ticket: Ticket, bytes: Option<&[u8]>) -> bool {
+        let shown = bytes.is_none_or(|bytes| PatternDevice::verify(ticket.offset, bytes).is_ok());
+        shown && ticket.route.is_none() && ticket.offset >= self.0.geometry().size / 2
+    }
+}
+
+/// Contents whose spec is a byte that fills them; `p` is the pattern, `d` a pattern that takes its time, `f` one in a
+/// file, `h` one that is [`HalfSettled`].
 #[derive(Default)]
 struct Fills {
     calls: AtomicU64,
@@ -31,6 +79,8 @@ impl Resolver for Fills {
         let pattern = PatternDevice::new(64 << 20);
         Io::Ready(Ok(match spec[0] {
             b'p' => Arc::new(pattern),
+            b'f' => Arc::new(FileDevice::pattern_in_memory(1 << 20).expect("memory")),
+            b'h' => Arc::new(HalfSettled(FileDevice::pattern_in_memory(8 * BLOCK).expect("memory"))),
             b'd' => Arc::new(
                 FaultyDevice::new(Arc::new(pattern), 1)
                     .with_delays(Duration::from_micros(50))
@@ -232,6 +282,66 @@ async fn extents_of_the_virtual_device_cover_its_parts() {
     assert_eq!(kinds, [Hole, Data, Hole, Hole, Data, Hole]);
 }
 
+const ACCESSES: [Access; 2] = [Access::Seen, Access::Unseen];
+
+#[tokio::test]
+async fn what_lies_in_one_range_of_a_file_is_located_there() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"p", &[1]);
+    let content = fixture.map.add_content(b"f").expect("content");
+    let request = |first: u64| Allocation {
+        content,
+        content_offset: first * BLOCK,
+        length: 2 * BLOCK,
+        alignment: BLOCK,
+    };
+    fixture.map.allocate_batch(&[request(50), request(7)]).expect("ranges");
+    let prefix = Arc::new(FileDevice::pattern_in_memory(1 << 20).expect("prefix"));
+    let device = VirtualDevice::new(prefix, fixture.space(Unmapped::Zeros));
+    let at = |block: u64| VIRTUAL_BASE + block * BLOCK;
+    for access in ACCESSES {
+        assert_eq!(read_located(&device, at(1), 4096, access), None, "not resolved yet");
+    }
+    read(&device, at(0), 5 * BLOCK as usize).await.expect("every content is asked");
+    for access in ACCESSES {
+        let located = |offset, length| read_located(&device, offset, length, access);
+        for (block, blocks, lies_at) in [(1, 2, 50), (2, 1, 51), (3, 1, 7), (3, 2, 7)] {
+            let bytes = located(at(block), (blocks * BLOCK) as usize).expect("a location");
+            PatternDevice::verify(lies_at * BLOCK, &bytes).expect("the content's bytes");
+        }
+        assert_eq!(located(at(0), 4096), None, "not in a file");
+        assert_eq!(located(at(2), 8192), None, "in two ranges");
+        assert_eq!(located(at(4), 8192), None, "reaches beyond the range");
+        assert_eq!(located(at(5), 4096), None, "unmapped");
+        PatternDevice::verify(8192, &located(8192, 4096).expect("of the prefix")).expect("prefix");
+        assert_eq!(located((1 << 20) - 4096, 8192), None, "reaches beyond the prefix");
+        assert_eq!(located(VIRTUAL_BASE - 4096, 8192), None, "straddles the base");
+        assert_eq!(located(VIRTUAL_BASE - 4096, 4096), None, "zeroes behind the prefix");
+    }
+}
+
+#[tokio::test]
+async fn a_location_is_settled_by_the_content_that_gave_it() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"f", &[8]);
+    fixture.add(b"h", &[8]);
+    fixture.add(b"f", &[8]);
+    let prefix = HalfSettled(FileDevice::pattern_in_memory(8 * BLOCK).expect("prefix"));
+    let device = VirtualDevice::new(Arc::new(prefix), fixture.space(Unmapped::Error));
+    read(&device, VIRTUAL_BASE, 24 * BLOCK as usize).await.expect("every content is asked");
+    for access in ACCESSES {
+        let settled = |block| read_located(&device, VIRTUAL_BASE + block * BLOCK, 4096, access).is_some();
+        assert_eq!(
+            [0, 7, 8, 11, 12, 15, 16, 23].map(settled),
+            [true, true, false, false, true, true, true, true]
+        );
+        let settled = |block| read_located(&device, block * BLOCK, 4096, access).is_some();
+        assert_eq!([0, 3, 4, 7].map(settled), [false, false, true, true], "the prefix settles its own");
+    }
+    let unknown = Ticket::new(0, 4096, 0).and_then(|ticket| ticket.routed(99.try_into().ok()?));
+    assert!(!device.settle(unknown.expect("a ticket"), None), "nobody's");
+}
+
 #[tokio::test]
 async fn writes_are_refused() {
     let fixture = Fixture::new(1 << 30);
@@ -254,6 +364,7 @@ fn both_devices_keep_the_contract() {
     let fixture = Fixture::new(1 << 30);
     fixture.add(b"p", &[1, 7, 30]);
     fixture.add(b"x", &[100, 3]);
+    fixture.add(b"f", &[20]);
     let space = fixture.space(Unmapped::Zeros);
     let device = VirtualDevice::new(Arc::new(PatternDevice::new(1 << 20)), Arc::clone(&space));
     for seed in 0..4 {
