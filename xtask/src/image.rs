@@ -96,7 +96,7 @@ fn debootstrap(root: &Path) -> Result<()> {
 }
 
 /// The mirror that this machine's own apt uses for Debian's main archive.
-fn mirror() -> Result<String> {
+pub(crate) fn mirror() -> Result<String> {
     let targets =
         output(&mut command("apt-get", &["indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)"]))?;
     let mut candidates = targets.lines().filter_map(|line| {

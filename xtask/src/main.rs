@@ -10,6 +10,7 @@ mod setup;
 mod shell;
 mod test;
 mod tidy;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,9 @@ Usage: cargo xtask TASK [OPTIONS]
   image                    only make the demo's image, and print its path (root)
   bench [--quick] [--rounds=N] [start|seed|read]...
                            the figures of docs/benchmarks (root)
+  vm [--kernel 6.12|7.2] [--memory 4G] [--timeout SECONDS] [--share DIR] -- COMMAND...
+                           run a command in a virtual machine with a stock kernel (root); DIR is its /share,
+                           and what it changes there comes back
   tidy                     the rules that no compiler checks
   deny                     licences, sources and duplicate crates, where cargo-deny is installed
 ";
@@ -53,6 +57,7 @@ fn run(task: &str, arguments: &[String]) -> Result<ExitCode> {
         }
         "bench" => bench::run_task(arguments).map(|()| ExitCode::SUCCESS),
         "tidy" => tidy::run(arguments),
+        "vm" => vm::run_task(arguments),
         "deny" => deny::run_task(arguments).map(|()| ExitCode::SUCCESS),
         "" | "help" | "--help" | "-h" => {
             print!("{USAGE}");

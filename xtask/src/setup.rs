@@ -18,8 +18,17 @@ const PACKAGES: &[(&str, &str)] = &[
     ("zstd", "zstd"),
     ("bzip2", "bzip2"),
     ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
     ("cc", "build-essential"),
 ];
+
+/// What only builds need.
+const BUILD_ONLY: &[&str] = &["build-essential", "debootstrap"];
+
+/// Programs and packages that a virtual machine's guest needs as well.
+pub(crate) fn guest_packages() -> impl Iterator<Item = (&'static str, &'static str)> {
+    PACKAGES.iter().copied().filter(|(_, package)| !BUILD_ONLY.contains(package))
+}
 
 /// Installs what is missing.
 pub(crate) fn run_setup() -> Result<()> {
