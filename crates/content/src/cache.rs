@@ -4,7 +4,7 @@
 //! A read of local chunks is answered in the caller's thread: state byte, `preadv2(RWF_NOWAIT)`, a CRC32C for each 4 KiB
 //! block, done. Everything else goes through [`content`]: chunks that are missing are fetched once, however many wait for
 //! them ([`flight`]), checked against their digests and only then served and stored ([`fetch`]). Room is made by a clock
-//! ([`clock`]). Digests that were not known in advance are recorded durably before use ([`digests`]).
+//! ([`clock`]). What the kernel may move from the file without our seeing it is told by [`proofs`]. Digests that were not known in advance are recorded durably before use ([`digests`]).
 
 mod check;
 mod clock;
@@ -18,6 +18,7 @@ mod import;
 mod layout;
 mod paged;
 mod prefetch;
+mod proofs;
 mod readahead;
 mod store;
 mod sync;

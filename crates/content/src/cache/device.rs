@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use loam_block::{
-    BlockDevice, Capabilities, Error as BlockError, ErrorKind, Extent, ExtentKind, Geometry, Io, WriteFlags,
-    ZeroFlags, check_range, whole_device_as,
+    Access, BlockDevice, Capabilities, Error as BlockError, ErrorKind, Extent, ExtentKind, Geometry, Io,
+    Located, Ticket, WriteFlags, ZeroFlags, check_range, whole_device_as,
 };
 
 use super::content::Content;
 use super::counters::count;
 use super::flight::Flight;
+use super::proofs::Generation;
 use super::store::Local;
 use crate::chunk::BLOCK_BYTES;
 use crate::{ChunkSource, Error, Result};
@@ -85,6 +86,12 @@ impl CachedDevice {
         let landed = tokio::spawn(async move { content.land(vec![(flight, bytes)]).await });
         super::fetch::joined(landed.await, "storing a chunk")?;
         waiter.wait().await.map(|_| ())
+    }
+
+    /// Whether a request is one of blocks of the content, at least one.
+    fn is_whole_blocks(&self, offset: u64, length: u64) -> bool {
+        let end = offset.checked_add(length).filter(|end| *end <= self.content.shape().length);
+        length > 0 && end.is_some() && (offset | length).is_multiple_of(BLOCK_BYTES)
     }
 
     /// The chunks that a range of bytes touches.
@@ -162,5 +169,32 @@ impl BlockDevice for CachedDevice {
 
     fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
         Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
+    }
+
+    /// Of local chunks. Unseen, only those of which every block was read and found right since the cache was opened.
+    fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
+        let store = &self.content.shelf.store;
+        if !self.is_whole_blocks(offset, length) {
+            return None;
+        }
+        let (file, seen) = match access {
+            Access::Seen => store.locate_seen(offset, length)?,
+            Access::Unseen => store.locate_unseen(offset, length)?,
+        };
+        Some(Located { file, offset, ticket: Ticket::new(offset, length, seen.0)? })
+    }
+
+    fn settle(&self, ticket: Ticket, bytes: Option<&[u8]>) -> bool {
+        let store = &self.content.shelf.store;
+        let (offset, length, seen) = (ticket.offset, u64::from(ticket.length), Generation(ticket.proof));
+        let right = self.is_whole_blocks(offset, length)
+            && match bytes {
+                Some(bytes) => bytes.len() as u64 == length && store.settle_seen(offset, bytes, seen),
+                None => store.settle_unseen(offset, length, seen),
+            };
+        if right {
+            count(&self.content.shared.counters.hits, 1);
+        }
+        right
     }
 }

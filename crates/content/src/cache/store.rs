@@ -7,6 +7,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -17,6 +19,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::layout::{self, HEADER_BYTES, Shape};
 use super::paged::Paged;
+use super::proofs::{Generation, Proofs};
 use crate::chunk::BLOCK_BYTES;
 use crate::{Error, Result};
 
@@ -63,9 +66,15 @@ pub(crate) struct Store {
     salt: u32,
     states: Paged<AtomicU8, STATE_PAGE>,
     sums: Paged<AtomicU32, SUM_PAGE>,
+    /// In memory alone.
+    proofs: Proofs,
     files: OnceLock<Files>,
     /// The filesystem refused RWF_NOWAIT: reads go to a thread that may block.
     no_nowait: AtomicBool,
+}
+
+fn blocks_of(offset: u64, length: u64) -> Range<u64> {
+    offset / BLOCK_BYTES..(offset + length) / BLOCK_BYTES
 }
 
 /// The checksum of a block as it stands in the table.
@@ -124,6 +133,7 @@ impl Store {
             salt,
             states: Paged::new(shape.chunks()),
             sums: Paged::new(shape.blocks()),
+            proofs: Proofs::new(shape.blocks()),
             files: OnceLock::new(),
             no_nowait: AtomicBool::new(false),
         }
@@ -231,9 +241,8 @@ impl Store {
     /// allocates nothing.
     pub(crate) fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Local {
         let Some(files) = self.files.get() else { return Local::Slow };
-        let last = self.shape.chunk_of(offset + buffer.len() as u64 - 1);
-        let mut chunks = self.shape.chunk_of(offset)..=last;
-        if !chunks.all(|chunk| self.is_present(chunk)) {
+        let seen = self.proofs.generation(&blocks_of(offset, buffer.len() as u64));
+        if !self.all_present(offset, buffer.len() as u64) {
             return Local::Absent;
         }
         if !self.no_nowait.load(Ordering::Relaxed) {
@@ -254,7 +263,40 @@ impl Store {
         {
             return Local::Slow;
         }
-        self.verify(offset, buffer)
+        self.verify(offset, buffer, seen)
+    }
+
+    /// Where to read `length` bytes at `offset` (not 0, whole blocks, inside the content), and what [`Store::settle_seen`]
+    /// must know, if they are present and can be checked without waiting. Takes no lock and allocates nothing.
+    pub(crate) fn locate_seen(&self, offset: u64, length: u64) -> Option<(BorrowedFd<'_>, Generation)> {
+        let files = self.files.get()?;
+        let blocks = blocks_of(offset, length);
+        let seen = self.proofs.generation(&blocks);
+        let sums = Paged::<AtomicU32, SUM_PAGE>::page_of(blocks.start)
+            ..=Paged::<AtomicU32, SUM_PAGE>::page_of(blocks.end - 1);
+        let checkable = sums.into_iter().all(|page| self.sums.page(page).is_some());
+        (checkable && self.all_present(offset, length)).then(|| (files.data.as_fd(), seen))
+    }
+
+    /// The same for bytes that nobody will see: only if every block was found right in the file since the cache was
+    /// opened.
+    pub(crate) fn locate_unseen(&self, offset: u64, length: u64) -> Option<(BorrowedFd<'_>, Generation)> {
+        let files = self.files.get()?;
+        self.proofs.proven(&blocks_of(offset, length)).map(|seen| (files.data.as_fd(), seen))
+    }
+
+    /// Whether these bytes, read where [`Store::locate_seen`] said, are the content's.
+    pub(crate) fn settle_seen(&self, offset: u64, bytes: &[u8], seen: Generation) -> bool {
+        self.verify(offset, bytes, seen) == Local::Hit
+    }
+
+    /// Whether what the kernel read where [`Store::locate_unseen`] said is the content's: nothing of it was dropped since.
+    pub(crate) fn settle_unseen(&self, offset: u64, length: u64, seen: Generation) -> bool {
+        let right = self.proofs.still_proven(&blocks_of(offset, length), seen);
+        if right {
+            self.note_accessed(offset, length);
+        }
+        right
     }
 
     /// The same from a thread that may block.
@@ -263,27 +305,42 @@ impl Store {
     /// Those of the table; bytes that cannot be read are [`Local::Suspect`].
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Local> {
         let files = self.files()?;
-        let end = offset + buffer.len() as u64;
-        if !(self.shape.chunk_of(offset)..=self.shape.chunk_of(end - 1)).all(|chunk| self.is_present(chunk)) {
+        let blocks = blocks_of(offset, buffer.len() as u64);
+        let seen = self.proofs.generation(&blocks);
+        if !self.all_present(offset, buffer.len() as u64) {
             return Ok(Local::Absent);
         }
-        self.load_sums(files, offset / BLOCK_BYTES, end / BLOCK_BYTES)?;
+        self.load_sums(files, blocks.start, blocks.end)?;
         if let Err(error) = files.data.read_exact_at(buffer, offset) {
             tracing::warn!(content = self.key, offset, %error, "a cached chunk cannot be read");
             return Ok(Local::Suspect(offset / BLOCK_BYTES));
         }
-        Ok(self.verify(offset, buffer))
+        Ok(self.verify(offset, buffer, seen))
     }
 
-    fn verify(&self, offset: u64, buffer: &[u8]) -> Local {
-        let first = offset / BLOCK_BYTES;
-        for (block, bytes) in (first..).zip(buffer.chunks_exact(BLOCK)) {
+    fn all_present(&self, offset: u64, length: u64) -> bool {
+        let mut chunks = self.shape.chunk_of(offset)..=self.shape.chunk_of(offset + length - 1);
+        chunks.all(|chunk| self.is_present(chunk))
+    }
+
+    /// Checks bytes of chunks that were present after `seen` was seen, and read after that.
+    fn verify(&self, offset: u64, buffer: &[u8], seen: Generation) -> Local {
+        let blocks = blocks_of(offset, buffer.len() as u64);
+        for (block, bytes) in blocks.clone().zip(buffer.chunks_exact(BLOCK)) {
             let Some(sum) = self.sums.get(block) else { return Local::Slow };
             if sum.load(Ordering::Acquire) != checksum(self.salt, block, bytes) {
+                // It was right once, perhaps: nobody is given it unseen from now on.
+                self.proofs.revoke(&(block..block + 1));
                 return Local::Suspect(block);
             }
         }
-        let last = self.shape.chunk_of(offset + buffer.len() as u64 - 1);
+        self.proofs.prove(&blocks, seen);
+        self.note_accessed(offset, buffer.len() as u64);
+        Local::Hit
+    }
+
+    fn note_accessed(&self, offset: u64, length: u64) {
+        let last = self.shape.chunk_of(offset + length - 1);
         for chunk in self.shape.chunk_of(offset)..=last {
             if let Some(state) = self.states.get(chunk) {
                 // A store only where it changes something: the line stays shared between cores.
@@ -292,7 +349,6 @@ impl Store {
                 }
             }
         }
-        Local::Hit
     }
 
     /// Brings the pages with the sums of `first..end` into memory.
@@ -352,7 +408,8 @@ impl Store {
     }
 
     /// Forgets chunks, gives their room back, and says how many bytes were present. Who calls keeps flights of these
-    /// chunks from starting, or holds them. Readers that are at it find that the sums do not match. Blocks.
+    /// chunks from starting, or holds them. Readers that are at it find that the sums do not match, or, where the kernel
+    /// reads for them unseen, that the generation is another ([`Proofs`] has the argument). Blocks.
     pub(crate) fn drop_run(&self, first: u64, count: u64) -> u64 {
         let mut bytes = 0;
         let mut states = Vec::with_capacity(count as usize);
@@ -364,6 +421,7 @@ impl Store {
         }
         let start = self.shape.start(first);
         let end = self.shape.length.min(self.shape.start(first + count));
+        self.proofs.revoke(&blocks_of(start, end - start));
         let dropped = self.files().and_then(|files| {
             // A state that stays behind on disk is found out by the checksums.
             let stated = files.table.write_all_at(&states, Shape::state_offset(first));
