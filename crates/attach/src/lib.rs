@@ -11,6 +11,7 @@ pub mod fuse;
 pub mod holder;
 mod local;
 mod loop_transport;
+pub mod transport;
 
 pub use error::{Error, Result};
 pub use local::{FileAttachment, FileOptions};

@@ -290,6 +290,11 @@ impl Attachment {
         if self.state.negotiated.uses_uring() { Engine::Uring } else { Engine::Classic }
     }
 
+    /// How many threads serve it.
+    pub fn threads(&self) -> usize {
+        self.server.threads()
+    }
+
     /// Counters of the FUSE server.
     pub fn stats(&self) -> Stats {
         self.server.stats()

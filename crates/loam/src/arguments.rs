@@ -165,21 +165,49 @@ pub(crate) struct Mount {
     /// Keep what is written in this file; mounting the same source with it again finds it there.
     #[arg(long, value_name = "FILE")]
     pub(crate) local: Option<PathBuf>,
-    /// How the kernel gets the blocks.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) transport: Transport,
+    #[command(flatten)]
+    pub(crate) serve: Serve,
     /// Stay; unmount on Ctrl-C.
     #[arg(long)]
     pub(crate) foreground: bool,
 }
 
+/// How the kernel is served.
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// How the kernel gets the blocks.
+    #[arg(long, value_enum, default_value_t, env = "LOAM_TRANSPORT")]
+    pub(crate) transport: Transport,
+    /// Threads that serve the kernel [default: one for each processor, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) queues: Option<u16>,
+    /// How bytes get from ublk to the kernel.
+    #[arg(long, value_enum, default_value_t, value_name = "PATH", env = "LOAM_DATA_PATH")]
+    pub(crate) data_path: DataPath,
+}
+
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(crate) enum Transport {
-    /// The fastest that the kernel has.
+    /// ublk where the kernel has it and can recover it, else loop; run/daemon.log in the pool says which and why.
     #[default]
     Auto,
-    /// A FUSE file under a loop device.
+    /// A ublk device: the fast one. Needs the driver (modprobe ublk_drv; Linux 6.1 and newer).
+    Ublk,
+    /// A FUSE file under a loop device: slower, on every kernel.
     Loop,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum DataPath {
+    /// What was measured to be fastest of those that the kernel has.
+    #[default]
+    Auto,
+    /// The driver copies between the request and a buffer of the daemon's.
+    Copy,
+    /// The daemon copies, by reading and writing the ublk device (Linux 6.6 and newer).
+    UserCopy,
+    /// The kernel moves cached bytes into the request itself (Linux 6.15 and newer).
+    ZeroCopy,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -214,18 +242,14 @@ pub(crate) struct Init {
 
 #[derive(Debug, Args)]
 pub(crate) struct Up {
-    /// How the kernel gets the blocks.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) transport: Transport,
+    #[command(flatten)]
+    pub(crate) serve: Serve,
     /// Where to mount it [default: mnt in the pool's directory].
     #[arg(long, value_name = "DIR")]
     pub(crate) mount: Option<PathBuf>,
     /// Do not go to the background; take the pool down on Ctrl-C.
     #[arg(long)]
     pub(crate) foreground: bool,
-    /// Threads that serve the kernel [default: one for each processor, at most 4].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub(crate) queues: Option<u16>,
     /// What addresses without content read as; zeros is for benchmarks.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) unmapped: Unmapped,
@@ -358,6 +382,7 @@ impl From<Transport> for loam_pool::TransportChoice {
     fn from(transport: Transport) -> Self {
         match transport {
             Transport::Auto => loam_pool::TransportChoice::Auto,
+            Transport::Ublk => loam_pool::TransportChoice::Ublk,
             Transport::Loop => loam_pool::TransportChoice::Loop,
         }
     }

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use loam_attach::transport::Transport;
 use loam_seed::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -39,8 +40,21 @@ pub enum TransportChoice {
     /// The fastest that the kernel has.
     #[default]
     Auto,
+    /// A ublk device.
+    Ublk,
     /// A FUSE file under a loop device.
     Loop,
+}
+
+impl TransportChoice {
+    /// Whether that transport is what was asked for.
+    pub(crate) fn takes(self, transport: Transport) -> bool {
+        match self {
+            TransportChoice::Auto => true,
+            TransportChoice::Ublk => transport == Transport::Ublk,
+            TransportChoice::Loop => transport == Transport::Loop,
+        }
+    }
 }
 
 /// How requests come from FUSE under the loop transport.

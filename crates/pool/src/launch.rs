@@ -39,7 +39,7 @@ pub struct UpOptions {
     /// Where to mount it, unless where the pool's configuration says.
     pub mount: Option<PathBuf>,
     /// Threads that serve the kernel.
-    pub threads: Option<u16>,
+    pub queues: Option<u16>,
     /// What addresses without content read as.
     pub unmapped: UnmappedChoice,
     /// How requests come from FUSE.
@@ -331,6 +331,8 @@ pub async fn status(directory: &PoolDirectory) -> Result<Status> {
         pool: directory.root().to_owned(),
         state: "down".to_owned(),
         transport: None,
+        queues: None,
+        data_path: None,
         device: None,
         mount: None,
         daemon: None,

@@ -43,6 +43,8 @@ pub struct MountOptions {
     pub local: Option<PathBuf>,
     /// How the kernel gets the blocks.
     pub transport: TransportChoice,
+    /// Threads that serve the kernel.
+    pub queues: Option<u16>,
 }
 
 /// What was mounted.
@@ -94,7 +96,8 @@ pub async fn mount_image(
     make_content(&directory, &config, options, &cache, &index, import)?;
     drop(cache);
     config.save(&directory)?;
-    let up_options = UpOptions { transport: options.transport, ..UpOptions::default() };
+    let up_options =
+        UpOptions { transport: options.transport, queues: options.queues, ..UpOptions::default() };
     let holder = start(&directory, &up_options).await?;
     undo.keep();
     let report = MountReport {

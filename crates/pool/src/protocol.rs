@@ -13,8 +13,12 @@ pub struct Status {
     pub pool: PathBuf,
     /// "up" or "down".
     pub state: String,
-    /// "loop"; absent when down.
+    /// "ublk" or "loop"; absent when down.
     pub transport: Option<String>,
+    /// Threads that serve the kernel; absent when down.
+    pub queues: Option<u16>,
+    /// How bytes reach the kernel: "fuse", "fuse-io-uring", or ublk's "copy", "user-copy", "zero-copy".
+    pub data_path: Option<String>,
     /// The virtual block device.
     pub device: Option<PathBuf>,
     /// The mount point.
@@ -377,6 +381,8 @@ mod tests {
             pool: "/p".into(),
             state: "up".into(),
             transport: Some("loop".into()),
+            queues: Some(2),
+            data_path: Some("fuse".into()),
             device: Some("/dev/loop1".into()),
             mount: Some("/p/mnt".into()),
             daemon: Some(DaemonStatus { pid: 7, uptime_ns: 8, restarts: 0 }),

@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use loam_attach::{FileAttachment, LoopTransport, SavedState};
+use loam_attach::FileAttachment;
+use loam_attach::transport::SavedState;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, LocalDevice};
@@ -70,7 +71,7 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
 }
 
 fn remove_devices(state: &AttachState, local: Option<FileAttachment>) -> loam_attach::Result<()> {
-    LoopTransport::remove(&state.transport)?;
+    state.transport.remove()?;
     local.map_or(Ok(()), |mut local| local.detach())
 }
 

@@ -172,6 +172,11 @@ impl Server {
         self.shared.negotiated.get().copied()
     }
 
+    /// How many threads read requests.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
     /// The descriptor to keep a duplicate of, for the connection to survive this process.
     pub fn channel(&self) -> BorrowedFd<'_> {
         self.shared.channel.as_fd()

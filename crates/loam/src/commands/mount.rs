@@ -17,7 +17,8 @@ pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<(
         directory: options.directory,
         index: options.index.map(|index| loam_pool::absolute_location(&index)).transpose()?,
         local: options.local,
-        transport: options.transport.into(),
+        transport: options.serve.transport.into(),
+        queues: options.serve.queues,
     };
     let mounted =
         super::unless_interrupted(loam_pool::mount_image(&context.directory, &options, bar.clone())).await;

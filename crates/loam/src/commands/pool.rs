@@ -33,9 +33,9 @@ pub(crate) fn init(context: &Context, options: Init) -> anyhow::Result<()> {
 
 pub(crate) async fn up(context: &Context, options: Up) -> anyhow::Result<()> {
     let options = UpOptions {
-        transport: options.transport.into(),
+        transport: options.serve.transport.into(),
         mount: options.mount,
-        threads: options.queues,
+        queues: options.serve.queues,
         unmapped: match options.unmapped {
             Unmapped::Error => UnmappedChoice::Error,
             Unmapped::Zeros => UnmappedChoice::Zeros,
@@ -81,9 +81,11 @@ fn describe(status: &Status) -> String {
     if let Some(daemon) = &status.daemon {
         let _ = writeln!(
             text,
-            "transport  {} on {}",
+            "transport  {} on {}, {} queues, {}",
             status.transport.as_deref().unwrap_or("-"),
-            path(&status.device)
+            path(&status.device),
+            status.queues.unwrap_or_default(),
+            status.data_path.as_deref().unwrap_or("-")
         );
         let _ = writeln!(text, "mount      {}", path(&status.mount));
         let _ = writeln!(

@@ -6,6 +6,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::protocol::Status;
@@ -42,6 +43,14 @@ pub(super) fn text(status: &Status) -> Result<String, std::fmt::Error> {
             "Seconds since the daemon started",
             daemon.uptime_ns / 1_000_000_000,
         );
+    }
+    if let (Some(transport), Some(data_path)) = (&status.transport, &status.data_path) {
+        let labels = [("transport", transport), ("data_path", data_path)];
+        let labels = labels.map(|(name, value)| (name.to_owned(), value.clone())).to_vec();
+        registry.register("transport", "How the kernel gets the blocks", Info::new(labels));
+    }
+    if let Some(queues) = status.queues {
+        gauge(&mut registry, "transport_queues", "Threads that serve the kernel", u64::from(queues));
     }
     labelled(&mut registry, "errors", "What went wrong, by kind", "kind", &status.errors);
     labelled(&mut registry, "requests", "Requests of the kernel, by outcome", "outcome", &status.requests);

@@ -2,6 +2,7 @@
 //! the control socket until it is told to go down.
 
 mod api;
+mod attach;
 mod metrics;
 mod operations;
 
@@ -11,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use loam_attach::fuse::{Engine, ServerOptions};
+use loam_attach::FileAttachment;
 use loam_attach::holder::FdStore;
-use loam_attach::{AttachOptions, Attachment, FileAttachment, LoopTransport};
+use loam_attach::transport::Attachment;
 use loam_block::{BlockDevice, FileDevice};
 use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions};
 use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
@@ -23,12 +24,12 @@ use tokio::sync::Notify;
 
 use crate::apart;
 use crate::catalog::Catalog;
-use crate::config::{Config, EngineChoice, LocalDevice, Purpose, UnmappedChoice};
+use crate::config::{Config, LocalDevice, Purpose, UnmappedChoice};
 use crate::content::{ContentSpec, Contents};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::launch::UpOptions;
-use crate::state::{AttachState, find_local, tear_down};
+use crate::state::AttachState;
 
 /// How long a daemon waits for the lock of one that is just dying.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -122,8 +123,8 @@ impl Pool {
         };
         let space = Arc::new(AddressSpace::new(map.clone(), contents.clone(), unmapped));
         let device = virtual_device(directory, &space)?;
-        let (attachment, state) = attach(directory, &config, options, device, &store)?;
-        let local = attach_local(&config)?;
+        let (attachment, state) = attach::attach(directory, &config, options, device, &store)?;
+        let local = attach::attach_local(&config)?;
         let pool = Pool {
             directory: directory.clone(),
             map,
@@ -189,11 +190,12 @@ impl Pool {
             .step(|| format!("closing {}", socket.display()))?;
         remove_if_there(&self.directory.failure())?;
         self.store.ready().step(|| "saying that the pool is up".to_owned())?;
-        if !self.store.keeps() {
+        if !lock_of(&self.attachment).is_kept(&self.store) {
             tracing::warn!("nobody keeps the descriptors: readers get errors if this process dies");
         }
         tracing::info!(
             pool = %self.directory.root().display(),
+            transport = %self.state.transport.transport(),
             device = %self.state.device.display(),
             mount = %self.state.mount.display(),
             restarts = self.state.restarts,
@@ -214,7 +216,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Without its holder the daemon serves on, but its own death would now be the pool's.
+    /// Without its holder the daemon serves on, but nobody starts another when it dies.
     async fn watch_holder(self: Arc<Self>) {
         if self.store.lost().await.is_ok() {
             tracing::error!(
@@ -324,7 +326,7 @@ impl Pool {
         errors.insert("unmapped".to_owned(), space.unmapped_reads);
         errors.insert("unresolved".to_owned(), space.resolve_failures);
         let served = lock_of(&self.attachment).stats();
-        errors.insert("reads_failed".to_owned(), served.errors);
+        errors.insert("reads_failed".to_owned(), served.failed);
         errors.insert("protocol".to_owned(), served.protocol_errors);
         errors
     }
@@ -373,64 +375,4 @@ fn virtual_device(directory: &PoolDirectory, space: &Arc<AddressSpace>) -> Resul
     let options = loam_block::FileOptions { read_only: true, ..loam_block::FileOptions::default() };
     let prefix = FileDevice::open(&path, options).step(|| format!("opening {}", path.display()))?;
     Ok(Arc::new(VirtualDevice::new(Arc::new(prefix), space.clone())))
-}
-
-/// Takes over the attachment of a daemon that died, or makes a new one after removing what a dead one left.
-fn attach(
-    directory: &PoolDirectory,
-    config: &Config,
-    options: &UpOptions,
-    device: Arc<dyn BlockDevice>,
-    store: &FdStore,
-) -> Result<(Attachment, AttachState)> {
-    let runtime = tokio::runtime::Handle::current();
-    let engine = match options.engine {
-        EngineChoice::Classic => Engine::Classic,
-        EngineChoice::IoUring => Engine::Uring,
-    };
-    let attach_options = AttachOptions {
-        server: ServerOptions {
-            engine,
-            threads: options.threads.map(usize::from),
-            ..ServerOptions::default()
-        },
-        ..AttachOptions::default()
-    };
-    if let (false, Some(mut state)) = (store.names().is_empty(), AttachState::load(directory)?) {
-        let transport = state.transport.clone();
-        let attachment = LoopTransport::resume(device, runtime, &attach_options, transport, store)
-            .step(|| format!("taking over {}", state.device.display()))?;
-        state.restarts += 1;
-        state.save(directory)?;
-        return Ok((attachment, state));
-    }
-    tear_down(directory, config)?;
-    let attachment = LoopTransport::attach(device, runtime, &attach_options, store)
-        .step(|| "attaching the virtual device".to_owned())?;
-    let state = AttachState {
-        transport: attachment.state().clone(),
-        device: attachment.device_path(),
-        mount: mount_point(directory, config, options)?,
-        restarts: 0,
-    };
-    state.save(directory)?;
-    Ok((attachment, state))
-}
-
-fn mount_point(directory: &PoolDirectory, config: &Config, options: &UpOptions) -> Result<PathBuf> {
-    let chosen = options.mount.clone().or_else(|| config.mount_point.clone());
-    let path = chosen.unwrap_or_else(|| directory.default_mount());
-    fs::create_dir_all(&path).step(|| format!("making {}", path.display()))?;
-    // The table of mounts shows paths without symbolic links.
-    path.canonicalize().step(|| format!("path {}", path.display()))
-}
-
-fn attach_local(config: &Config) -> Result<Option<FileAttachment>> {
-    let LocalDevice::File(path) = &config.local else { return Ok(None) };
-    if let Some(attached) = find_local(config)? {
-        return Ok(Some(attached));
-    }
-    FileAttachment::attach(path, &loam_attach::FileOptions::default())
-        .step(|| format!("attaching {}", path.display()))
-        .map(Some)
 }

@@ -22,22 +22,27 @@ impl Pool {
     pub(crate) fn status(&self) -> Result<Status> {
         let cache = self.contents.cache().stats();
         let map = self.map.stats();
-        let served = lock_of(&self.attachment).stats();
+        let (served, queues, data_path) = {
+            let attachment = lock_of(&self.attachment);
+            (attachment.stats(), attachment.queues(), attachment.data_path())
+        };
         let Listing { images, containers } = if self.catalog.get().is_some() {
             self.list()?
         } else {
             Listing { images: vec![], containers: vec![] }
         };
         let requests = BTreeMap::from([
-            ("local".to_owned(), served.hits),
-            ("waited".to_owned(), served.misses),
-            ("failed".to_owned(), served.errors),
+            ("local".to_owned(), served.local),
+            ("waited".to_owned(), served.waited),
+            ("failed".to_owned(), served.failed),
             ("waiting".to_owned(), served.waiting),
         ]);
         Ok(Status {
             pool: self.directory.root().to_owned(),
             state: "up".to_owned(),
-            transport: Some("loop".to_owned()),
+            transport: Some(self.state.transport.transport().to_string()),
+            queues: Some(queues),
+            data_path: Some(data_path),
             device: Some(self.state.device.clone()),
             mount: Some(self.state.mount.clone()),
             daemon: Some(DaemonStatus {
