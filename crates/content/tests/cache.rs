@@ -6,61 +6,16 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{Fake, pattern};
+use common::{Fake, content_directory, pattern, plain, read, reopen, stored};
 use futures_util::FutureExt;
 use loam_block::{BlockDevice, ErrorKind, Io};
-use loam_content::{Cache, CacheOptions, CachedDevice, FetchCost, ReadAhead};
+use loam_content::{Cache, CacheOptions, FetchCost};
 
 const CHUNK: u32 = 64 << 10;
-
-/// No read-ahead, no memory of failures: what is asked for is what is fetched.
-fn plain() -> CacheOptions {
-    CacheOptions {
-        read_ahead: ReadAhead { window_bytes_max: 0, demand_bytes: 0, ..ReadAhead::default() },
-        failure_memory: Duration::ZERO,
-        ..CacheOptions::default()
-    }
-}
-
-async fn read(device: &CachedDevice, offset: u64, length: usize) -> loam_block::Result<Vec<u8>> {
-    let mut buffer = vec![0xAA; length];
-    device.read(offset, &mut buffer).await?;
-    Ok(buffer)
-}
-
-/// Opens a cache that was just dropped: fetches that are still on the way hold its lock.
-async fn reopen(directory: &Path, options: CacheOptions) -> Cache {
-    for _ in 0..2000 {
-        match Cache::open(directory, options.clone()) {
-            Err(loam_content::Error::InUse { .. }) => tokio::time::sleep(Duration::from_millis(1)).await,
-            other => return other.unwrap(),
-        }
-    }
-    panic!("the lock was not let go");
-}
-
-/// The directory of the only content.
-fn content_directory(cache: &Path) -> PathBuf {
-    let mut directories =
-        fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
-    directories.next().unwrap()
-}
-
-/// Waits until what was served is stored too.
-async fn stored(device: &CachedDevice, bytes: u64) {
-    for _ in 0..2000 {
-        if device.local_bytes() == bytes {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    panic!("{} bytes are local, not {bytes}", device.local_bytes());
-}
 
 #[tokio::test]
 async fn serves_any_aligned_range_and_hits_are_ready() {

@@ -318,6 +318,11 @@ async fn what_lies_in_one_range_of_a_file_is_located_there() {
         assert_eq!(located(VIRTUAL_BASE - 4096, 8192), None, "straddles the base");
         assert_eq!(located(VIRTUAL_BASE - 4096, 4096), None, "zeroes behind the prefix");
     }
+    let longer = Arc::new(FileDevice::in_memory(VIRTUAL_BASE + (1 << 20)).expect("sparse memory"));
+    let device = VirtualDevice::new(longer, fixture.space(Unmapped::Zeros));
+    let located = |offset, length| read_located(&device, offset, length, Access::Seen);
+    assert_eq!(located(VIRTUAL_BASE - 4096, 4096), Some(vec![0; 4096]));
+    assert_eq!(located(VIRTUAL_BASE - 4096, 8192), None, "of the prefix, nothing is seen from the base on");
 }
 
 #[tokio::test]

@@ -151,3 +151,6 @@ fn bits_of(word: u64, blocks: &Range<u64>) -> u64 {
     let count = (blocks.end - word * WORD_BLOCKS).min(WORD_BLOCKS) - first;
     ((1 << count) - 1) << first
 }
+
+#[cfg(test)]
+mod tests;

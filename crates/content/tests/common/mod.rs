@@ -1,17 +1,22 @@
-//! A chunk source whose bytes, digests and failures a test chooses.
+//! A chunk source whose bytes, digests and failures a test chooses, and what tests do with a cache.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
 pub mod server;
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use loam_block::ErrorKind;
-use loam_content::{ChunkSender, ChunkSource, Digest, Error, FetchCost, Result, WireTotals};
+use loam_block::{BlockDevice, ErrorKind};
+use loam_content::{
+    Cache, CacheOptions, CachedDevice, ChunkSender, ChunkSource, Digest, Error, FetchCost, ReadAhead, Result,
+    WireTotals,
+};
 
 /// Bytes that differ in every block and do not compress to one another.
 pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
@@ -114,4 +119,48 @@ impl ChunkSource for Fake {
         let chunks = self.chunks.load(Ordering::SeqCst);
         WireTotals { requests: self.fetches(), bytes: chunks * u64::from(self.chunk_bytes) }
     }
+}
+
+/// No read-ahead, no memory of failures: what is asked for is what is fetched.
+pub fn plain() -> CacheOptions {
+    CacheOptions {
+        read_ahead: ReadAhead { window_bytes_max: 0, demand_bytes: 0, ..ReadAhead::default() },
+        failure_memory: Duration::ZERO,
+        ..CacheOptions::default()
+    }
+}
+
+pub async fn read(device: &CachedDevice, offset: u64, length: usize) -> loam_block::Result<Vec<u8>> {
+    let mut buffer = vec![0xAA; length];
+    device.read(offset, &mut buffer).await?;
+    Ok(buffer)
+}
+
+/// Opens a cache that was just dropped: fetches that are still on the way hold its lock.
+pub async fn reopen(directory: &Path, options: CacheOptions) -> Cache {
+    for _ in 0..2000 {
+        match Cache::open(directory, options.clone()) {
+            Err(Error::InUse { .. }) => tokio::time::sleep(Duration::from_millis(1)).await,
+            other => return other.unwrap(),
+        }
+    }
+    panic!("the lock was not let go");
+}
+
+/// The directory of the only content.
+pub fn content_directory(cache: &Path) -> PathBuf {
+    let mut directories =
+        fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    directories.next().unwrap()
+}
+
+/// Waits until what was served is stored too.
+pub async fn stored(device: &CachedDevice, bytes: u64) {
+    for _ in 0..2000 {
+        if device.local_bytes() == bytes {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("{} bytes are local, not {bytes}", device.local_bytes());
 }
