@@ -18,3 +18,4 @@ pub use connect::{Connection, connect};
 pub use server::{Engine, Server, ServerOptions};
 pub use session::{Action, MAX_READ, Negotiated, REPLY_BYTES, Session};
 pub use stats::Stats;
+pub(crate) use stats::{Counters, add, sum};

@@ -12,6 +12,7 @@ pub mod holder;
 mod local;
 mod loop_transport;
 pub mod transport;
+pub mod ublk;
 
 pub use error::{Error, Result};
 pub use local::{FileAttachment, FileOptions};

@@ -14,5 +14,6 @@ pub mod loopdev;
 pub mod map_file;
 pub mod mount;
 pub mod process;
+pub mod ublk;
 
 pub use error::{Error, Result};

@@ -1,0 +1,144 @@
+//! The threads of a device's queues: started and told to begin together, watched until they end.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use loam_block::BlockDevice;
+use loam_sys::ublk::QueueOptions;
+use tokio::runtime::Handle;
+
+use super::device::Device;
+use super::options::Options;
+use super::queue::Server as QueueServer;
+use crate::Result;
+use crate::fuse::{Counters, Stats, sum};
+
+/// Between looks at whether the threads have ended.
+const JOIN_POLL: Duration = Duration::from_millis(1);
+
+/// What the threads of one device share.
+pub(super) struct Shared {
+    pub(super) device: Arc<dyn BlockDevice>,
+    pub(super) runtime: Handle,
+    /// Bytes of the device.
+    pub(super) size: u64,
+    /// The longest request in bytes.
+    pub(super) io_bytes_max: u32,
+    counters: Box<[Counters]>,
+}
+
+impl Shared {
+    pub(super) fn counters(&self, queue: u16) -> &Counters {
+        &self.counters[usize::from(queue)]
+    }
+
+    /// Logs failed reads, ever more rarely: one bad region read over and over must not fill a disk.
+    pub(super) fn log(&self, error: &loam_block::Error) {
+        let errors = sum(self.counters.iter()).errors + 1;
+        if errors.is_power_of_two() {
+            tracing::warn!(?error, errors, "a read of the virtual device failed");
+        }
+    }
+}
+
+/// A device's threads. They end by themselves when the device is stopped; dropping this does not end them.
+pub(super) struct Server {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    begin: Vec<Sender<()>>,
+    begun: Receiver<Result<()>>,
+}
+
+impl Server {
+    /// Starts a thread with a ring for each queue. None takes requests before [`Server::begin`].
+    pub(super) fn start(
+        device: Arc<dyn BlockDevice>,
+        runtime: Handle,
+        options: &Options,
+        made: &Device,
+    ) -> Result<Server> {
+        let state = made.state();
+        let counters = (0..state.queues).map(|_| Counters::default()).collect();
+        let shared = Shared { device, runtime, size: state.size, io_bytes_max: state.io_bytes_max, counters };
+        let (prepared, all_prepared) = channel();
+        let (report, begun) = channel();
+        let mut server = Server { shared: Arc::new(shared), threads: Vec::new(), begin: Vec::new(), begun };
+        for (queue, processors) in (0..state.queues).zip(made.affinities()) {
+            let options = QueueOptions {
+                queue,
+                depth: state.depth,
+                buffer_bytes: state.io_bytes_max as usize,
+                transfer: state.data_path.transfer(),
+                task_run: options.task_run,
+            };
+            let processors = processors.clone();
+            let (shared, device) = (Arc::clone(&server.shared), made.server_file()?);
+            let (prepared, report) = (prepared.clone(), report.clone());
+            let (begin, may_begin) = channel();
+            let run = move || {
+                super::queue::settle_thread(&processors);
+                let queue = QueueServer::new(device.as_fd(), options, shared);
+                // The ring has the device open from here on, for as long as it serves.
+                drop(device);
+                let (queue, outcome) = match queue {
+                    Ok(queue) => (Some(queue), Ok(())),
+                    Err(error) => (None, Err(error)),
+                };
+                let _ = prepared.send(outcome);
+                drop(prepared);
+                if let Some(queue) = queue {
+                    queue.run(&may_begin, report);
+                }
+            };
+            let thread = std::thread::Builder::new().name(format!("loam-ublk-{queue}")).spawn(run);
+            let thread = thread.map_err(|error| loam_sys::Error::new("clone", "a ublk thread", error))?;
+            server.threads.push(thread);
+            server.begin.push(begin);
+        }
+        drop(prepared);
+        for outcome in all_prepared {
+            // The other threads end when their senders are dropped.
+            outcome?;
+        }
+        Ok(server)
+    }
+
+    /// Lets all queues fetch. Returns when they have.
+    pub(super) fn begin(&self) -> Result<()> {
+        for begin in &self.begin {
+            let _ = begin.send(());
+        }
+        for _ in &self.begin {
+            match self.begun.recv() {
+                Ok(outcome) => outcome?,
+                // All have reported, or ended without: they say why in the log.
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Counters.
+    pub(super) fn stats(&self) -> Stats {
+        sum(self.shared.counters.iter())
+    }
+
+    /// Waits until all threads are gone. Returns whether that happened in time.
+    pub(super) fn wait(&mut self, timeout: Duration) -> bool {
+        let end = Instant::now() + timeout;
+        while !self.threads.iter().all(JoinHandle::is_finished) {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(JOIN_POLL);
+        }
+        for thread in self.threads.drain(..) {
+            // Panics of the device are caught where it is called; the loop itself has none to pass on.
+            let _ = thread.join();
+        }
+        true
+    }
+}

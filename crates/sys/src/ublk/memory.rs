@@ -1,0 +1,88 @@
+//! The buffers of a queue's tags, in one mapping; and the right to use one of them elsewhere for a while.
+
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// An anonymous mapping of equal buffers. Pages that were never touched take no memory.
+pub(super) struct Memory {
+    start: NonNull<u8>,
+    buffer_bytes: usize,
+    count: usize,
+}
+
+// SAFETY: it is an address range and a length; who may use which buffer is what `Queue` keeps.
+unsafe impl Send for Memory {}
+// SAFETY: as above; a shared reference gives out addresses only.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// `count` buffers of `buffer_bytes` (whole pages) each.
+    pub(super) fn new(count: usize, buffer_bytes: usize) -> std::io::Result<Memory> {
+        let bytes = count * buffer_bytes;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping touches nothing that exists.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        // Small requests touch the first page of each buffer: huge pages would make all of it resident.
+        // SAFETY: the range is the mapping just made. Advice changes no contents.
+        unsafe { libc::madvise(address, bytes, libc::MADV_NOHUGEPAGE) };
+        let start = NonNull::new(address.cast());
+        let start = start.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
+        Ok(Memory { start, buffer_bytes, count })
+    }
+
+    pub(super) fn buffer_bytes(&self) -> usize {
+        self.buffer_bytes
+    }
+
+    /// Where buffer `index` begins.
+    pub(super) fn at(&self, index: usize) -> NonNull<u8> {
+        assert!(index < self.count, "buffer {index} of {}", self.count);
+        // SAFETY: inside the mapping (asserted above).
+        unsafe { self.start.add(index * self.buffer_bytes) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, of this length; the last user is gone, and a queue that the kernel may yet write
+        // for keeps a reference for ever.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.count * self.buffer_bytes) };
+    }
+}
+
+/// The buffer of one tag, lent by [`super::Queue::lend`] to whoever fills it elsewhere.
+pub struct LentBuffer {
+    pub(super) memory: Arc<Memory>,
+    pub(super) tag: u16,
+}
+
+impl LentBuffer {
+    /// Whose buffer it is.
+    pub fn tag(&self) -> u16 {
+        self.tag
+    }
+}
+
+impl Deref for LentBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let start = self.memory.at(usize::from(self.tag));
+        // SAFETY: inside the mapping, which `memory` keeps; initialised (mapped as zeroes); while it is lent neither the
+        // queue nor the kernel uses it, so this is the only way to it.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), self.memory.buffer_bytes) }
+    }
+}
+
+impl DerefMut for LentBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let start = self.memory.at(usize::from(self.tag));
+        // SAFETY: as in `deref`; `&mut self` makes it the only reference.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.buffer_bytes) }
+    }
+}
