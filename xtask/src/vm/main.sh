@@ -34,7 +34,10 @@ ln -sf /proc/mounts /etc/mtab
 echo guest >/proc/sys/kernel/hostname
 ip link set lo up
 # What udev would load at boot. Modules that make devices at once (brd, null_blk, nbd) are the command's own business.
-for module in loop fuse btrfs ublk_drv; do modprobe "$module" || echo "main: no module $module" >/dev/console; done
+for module in loop fuse btrfs ublk_drv; do
+    { modprobe "$module" || echo "main: no module $module" >/dev/console; } &
+done
+wait
 mount -t ext4 "$(disk scratch)" /scratch
 share=$(disk share)
 if [ -n "$share" ]; then

@@ -15,25 +15,9 @@ use super::{image, whole};
 use crate::setup;
 use crate::shell::{describe, output};
 
-/// What a running system needs, and what the end-to-end tests and the scripts around them call.
-const PACKAGES: &[&str] = &[
-    "base-files",
-    "ca-certificates",
-    "coreutils",
-    "dash",
-    "diffutils",
-    "e2fsprogs",
-    "findutils",
-    "gawk",
-    "gzip",
-    "iproute2",
-    "kmod",
-    "mawk",
-    "mount",
-    "passwd",
-    "procps",
-    "util-linux",
-];
+/// What a running system needs beside the essential packages, and what the end-to-end tests and the scripts around them call.
+const PACKAGES: &[&str] =
+    &["ca-certificates", "e2fsprogs", "gawk", "iproute2", "kmod", "mawk", "mount", "passwd", "procps"];
 
 /// Taken where they are installed: for looking into what happens.
 const EXTRAS: &[&str] = &[
@@ -50,6 +34,7 @@ const EXTRAS: &[&str] = &[
     "python3-minimal",
     "squashfs-tools",
     "strace",
+    "time",
     "trace-cmd",
     "xfsprogs",
 ];
@@ -89,6 +74,9 @@ pub(super) fn disk(directory: &Path) -> Result<PathBuf> {
     let status = fs::read_to_string(STATUS).with_context(|| format!("{STATUS}: is this Debian?"))?;
     let installed = installed(&status);
     let mut roots: Vec<String> = PACKAGES.iter().map(ToString::to_string).collect();
+    let essential =
+        installed.iter().filter(|(_, fields)| fields.get("Essential").is_some_and(|value| value == "yes"));
+    roots.extend(essential.map(|(name, _)| name.clone()));
     roots.extend(EXTRAS.iter().filter(|name| installed.contains_key(**name)).map(ToString::to_string));
     for (program, package) in setup::guest_packages() {
         roots.push(if installed.contains_key(package) { package.into() } else { owner(program)? });
