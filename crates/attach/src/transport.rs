@@ -9,9 +9,9 @@ use loam_block::BlockDevice;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
-use crate::fuse::Engine;
+use crate::fuse::{Engine, Stats};
 use crate::holder::FdStore;
-use crate::{AttachOptions, Error, LoopTransport, Result, loop_transport};
+use crate::{AttachOptions, Error, LoopTransport, Result, loop_transport, ublk};
 
 /// How the kernel gets a device's blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -42,9 +42,10 @@ impl Transport {
         match self {
             // Its parts are tried when they are used: nothing else is as sure.
             Transport::Loop => Ok(()),
+            Transport::Ublk if ublk::features()?.recovery_reissue() => Ok(()),
             Transport::Ublk => Err(Error::Unavailable {
                 transport: "ublk",
-                why: "the driver cannot hand unanswered reads to a new server (UBLK_F_USER_RECOVERY_REISSUE)".into(),
+                why: "a device would not outlive its server (UBLK_F_USER_RECOVERY_REISSUE)".into(),
                 hint: "it is in Linux 6.1 and later; --transport loop works without",
             }),
         }
@@ -65,6 +66,8 @@ impl fmt::Display for Transport {
 pub struct Options {
     /// By the loop transport.
     pub loop_device: AttachOptions,
+    /// By ublk.
+    pub ublk: ublk::Options,
 }
 
 /// What another process needs to find an attachment, take it over, or remove it.
@@ -76,6 +79,7 @@ pub struct SavedState(Tagged);
 #[serde(tag = "transport", rename_all = "snake_case")]
 enum Tagged {
     Loop(loop_transport::SavedState),
+    Ublk(ublk::SavedState),
 }
 
 /// As states were written, ever.
@@ -101,6 +105,7 @@ impl SavedState {
     pub fn transport(&self) -> Transport {
         match self.0 {
             Tagged::Loop(_) => Transport::Loop,
+            Tagged::Ublk(_) => Transport::Ublk,
         }
     }
 
@@ -108,16 +113,18 @@ impl SavedState {
     pub fn size(&self) -> u64 {
         match &self.0 {
             Tagged::Loop(state) => state.size,
+            Tagged::Ublk(state) => state.size,
         }
     }
 
-    /// The block device, while it is still that attachment's; `None` when it is gone. Needs no server.
+    /// Whether the block device is there, and still that attachment's. Needs no server.
     ///
     /// # Errors
     /// Where the kernel cannot be asked.
-    pub fn find(&self) -> Result<Option<PathBuf>> {
+    pub fn is_attached(&self) -> Result<bool> {
         Ok(match &self.0 {
-            Tagged::Loop(state) => LoopTransport::find(state)?.map(loam_sys::loopdev::path),
+            Tagged::Loop(state) => LoopTransport::find(state)?.is_some(),
+            Tagged::Ublk(state) => ublk::find(state)?.is_some(),
         })
     }
 
@@ -128,6 +135,7 @@ impl SavedState {
     pub fn is_resumable(&self, store: &FdStore) -> Result<bool> {
         match &self.0 {
             Tagged::Loop(_) => Ok(!store.names().is_empty()),
+            Tagged::Ublk(_) => self.is_attached(),
         }
     }
 
@@ -144,6 +152,7 @@ impl SavedState {
     pub fn remove(&self) -> Result<bool> {
         match &self.0 {
             Tagged::Loop(state) => LoopTransport::remove(state),
+            Tagged::Ublk(state) => ublk::remove(state),
         }
     }
 }
@@ -161,7 +170,7 @@ pub fn attach(
 ) -> Result<Attachment> {
     Ok(Attachment(match transport {
         Transport::Loop => Served::Loop(LoopTransport::attach(device, runtime, &options.loop_device, store)?),
-        Transport::Ublk => return Err(Transport::Ublk.check().expect_err("interim")),
+        Transport::Ublk => Served::Ublk(ublk::attach(device, runtime, &options.ublk)?),
     }))
 }
 
@@ -181,22 +190,8 @@ pub fn resume(
         Tagged::Loop(state) => {
             Served::Loop(LoopTransport::resume(device, runtime, &options.loop_device, state, store)?)
         }
+        Tagged::Ublk(state) => Served::Ublk(ublk::resume(device, runtime, &options.ublk, state)?),
     }))
-}
-
-/// Counters of an attachment since its server started.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Reads answered in the thread that took them: the data was at hand.
-    pub local: u64,
-    /// Reads that had to wait.
-    pub waited: u64,
-    /// Requests answered with an error.
-    pub failed: u64,
-    /// Reads that wait now.
-    pub waiting: u64,
-    /// What the kernel said or refused against the protocol.
-    pub protocol_errors: u64,
 }
 
 /// A device that is attached and being served. Dropping it leaves a mounted device served.
@@ -204,6 +199,7 @@ pub struct Attachment(Served);
 
 enum Served {
     Loop(loop_transport::Attachment),
+    Ublk(ublk::Attachment),
 }
 
 impl Attachment {
@@ -211,6 +207,7 @@ impl Attachment {
     pub fn device_path(&self) -> PathBuf {
         match &self.0 {
             Served::Loop(attachment) => attachment.device_path(),
+            Served::Ublk(attachment) => attachment.device_path(),
         }
     }
 
@@ -218,6 +215,7 @@ impl Attachment {
     pub fn state(&self) -> SavedState {
         SavedState(match &self.0 {
             Served::Loop(attachment) => Tagged::Loop(attachment.state().clone()),
+            Served::Ublk(attachment) => Tagged::Ublk(attachment.state().clone()),
         })
     }
 
@@ -225,6 +223,7 @@ impl Attachment {
     pub fn transport(&self) -> Transport {
         match &self.0 {
             Served::Loop(_) => Transport::Loop,
+            Served::Ublk(_) => Transport::Ublk,
         }
     }
 
@@ -233,6 +232,7 @@ impl Attachment {
         match &self.0 {
             Served::Loop(attachment) if attachment.engine() == Engine::Uring => "fuse-io-uring".into(),
             Served::Loop(_) => "fuse".into(),
+            Served::Ublk(attachment) => attachment.data_path().to_string(),
         }
     }
 
@@ -240,6 +240,7 @@ impl Attachment {
     pub fn queues(&self) -> u16 {
         match &self.0 {
             Served::Loop(attachment) => u16::try_from(attachment.threads()).unwrap_or(u16::MAX),
+            Served::Ublk(attachment) => attachment.state().queues,
         }
     }
 
@@ -247,22 +248,15 @@ impl Attachment {
     pub fn is_kept(&self, store: &FdStore) -> bool {
         match &self.0 {
             Served::Loop(_) => store.keeps(),
+            Served::Ublk(_) => true,
         }
     }
 
-    /// Counters.
+    /// Counters since the server started.
     pub fn stats(&self) -> Stats {
         match &self.0 {
-            Served::Loop(attachment) => {
-                let stats = attachment.stats();
-                Stats {
-                    local: stats.hits,
-                    waited: stats.misses,
-                    failed: stats.errors,
-                    waiting: stats.waiting,
-                    protocol_errors: stats.protocol_errors,
-                }
-            }
+            Served::Loop(attachment) => attachment.stats(),
+            Served::Ublk(attachment) => attachment.stats(),
         }
     }
 
@@ -275,6 +269,7 @@ impl Attachment {
     pub fn detach(&mut self, store: &FdStore) -> Result<()> {
         match &mut self.0 {
             Served::Loop(attachment) => attachment.detach(store),
+            Served::Ublk(attachment) => attachment.detach(),
         }
     }
 }
@@ -291,12 +286,32 @@ mod tests {
     #[test]
     fn a_state_says_whose_it_is() {
         let state: SavedState = serde_json::from_str(FORMER).unwrap();
-        assert_eq!((state.transport(), state.size()), (Transport::Loop, 8192), "as the first version wrote it");
+        assert_eq!((state.transport(), state.size()), (Transport::Loop, 8192), "as it was written first");
         let written = serde_json::to_value(&state).unwrap();
         assert_eq!(written["transport"], "loop");
         assert_eq!(serde_json::from_value::<SavedState>(written.clone()).unwrap(), state);
-        // The first version reads it as well.
+        // What wrote it first reads it as well.
         let back: loop_transport::SavedState = serde_json::from_value(written).unwrap();
         assert_eq!(back.loop_number, 3);
+    }
+
+    #[test]
+    fn a_state_of_ublk_travels() {
+        let ublk = ublk::SavedState {
+            id: u64::MAX,
+            number: 7,
+            size: 7 << 60,
+            queues: 2,
+            depth: 128,
+            data_path: ublk::DataPath::UserCopy,
+            io_bytes_max: 128 << 10,
+            unprivileged: false,
+        };
+        let state = SavedState(Tagged::Ublk(ublk));
+        let text = serde_json::to_string(&state).unwrap();
+        assert!(text.contains(r#""transport":"ublk""#), "{text}");
+        assert_eq!(serde_json::from_str::<SavedState>(&text).unwrap(), state);
+        let broken = text.replace("\"size\"", "\"sice\"");
+        assert!(serde_json::from_str::<SavedState>(&broken).is_err());
     }
 }

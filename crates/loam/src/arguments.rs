@@ -388,6 +388,17 @@ impl From<Transport> for loam_pool::TransportChoice {
     }
 }
 
+impl From<DataPath> for loam_pool::DataPath {
+    fn from(path: DataPath) -> Self {
+        match path {
+            DataPath::Auto => loam_pool::DataPath::Auto,
+            DataPath::Copy => loam_pool::DataPath::Copy,
+            DataPath::UserCopy => loam_pool::DataPath::UserCopy,
+            DataPath::ZeroCopy => loam_pool::DataPath::ZeroCopy,
+        }
+    }
+}
+
 impl From<LayoutArgument> for loam_seed::Layout {
     fn from(layout: LayoutArgument) -> Self {
         match layout {

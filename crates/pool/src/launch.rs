@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use loam_attach::holder::{self, Ended};
+use loam_attach::ublk::DataPath;
 use loam_space::Map;
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal};
@@ -20,7 +21,7 @@ use crate::config::{Config, EngineChoice, TransportChoice, UnmappedChoice};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::protocol::{CacheStatus, Status, VirtualStatus};
-use crate::state::tear_down;
+use crate::state::{tear_down, waits_for_server};
 
 /// How long a daemon may take to answer: it opens map and cache, attaches, and mounts.
 const START_PATIENCE: Duration = Duration::from_secs(120);
@@ -40,6 +41,8 @@ pub struct UpOptions {
     pub mount: Option<PathBuf>,
     /// Threads that serve the kernel.
     pub queues: Option<u16>,
+    /// How bytes get from ublk to the kernel.
+    pub data_path: DataPath,
     /// What addresses without content read as.
     pub unmapped: UnmappedChoice,
     /// How requests come from FUSE.
@@ -255,29 +258,44 @@ pub async fn down(directory: &PoolDirectory) -> Result<()> {
     if !directory.run().exists() {
         return Ok(());
     }
+    ask_down(directory).await?;
+    let mut lock = keep_down(directory).await?;
+    if waits_for_server(directory, &config)? {
+        drop(lock);
+        // Everybody died, and readers wait in the kernel. What they wait for, and what unmounting may need, a daemon has.
+        match start(directory, &UpOptions::default()).await {
+            Ok(_) => ask_down(directory).await?,
+            Err(error) => tracing::warn!("going down without a daemon: {}", error.chain()),
+        }
+        lock = keep_down(directory).await?;
+    }
+    tear_down(directory, &config)?;
+    drop(lock);
+    Ok(())
+}
+
+/// Tells the daemon to go down; returns when it does, or when there is none.
+async fn ask_down(directory: &PoolDirectory) -> Result<()> {
     let client = Client::new(directory);
     let began = Instant::now();
     loop {
         match client.post::<(), ()>("/down", &()).await {
-            Ok(()) => break,
+            Ok(()) => return Ok(()),
             // It dies with its last answer on the way, or is being started again.
             Err(Error::Control { .. } | Error::NotUp(_))
                 if is_held(directory)? && began.elapsed() < DOWN_PATIENCE =>
             {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            Err(Error::Control { .. } | Error::NotUp(_)) => break,
+            Err(Error::Control { .. } | Error::NotUp(_)) => return Ok(()),
             Err(error) => return Err(error),
         }
     }
-    let lock = keep_down(directory, began).await?;
-    tear_down(directory, &config)?;
-    drop(lock);
-    Ok(())
 }
 
 /// Waits until neither holder nor daemon are left, and keeps others from starting until it is dropped.
-async fn keep_down(directory: &PoolDirectory, began: Instant) -> Result<(File, File)> {
+async fn keep_down(directory: &PoolDirectory) -> Result<(File, File)> {
+    let began = Instant::now();
     loop {
         if let Ok(holder) = hold(directory) {
             let path = directory.lock();

@@ -29,6 +29,7 @@ mod mounts;
 mod pins;
 pub mod protocol;
 mod ranges;
+mod stand_in;
 mod state;
 mod trace;
 
@@ -45,5 +46,6 @@ pub use error::{Error, Result};
 pub use format::{InitOptions, Made, init, random_identity};
 pub use indexes::{IndexMade, IndexOptions, Watch, absolute_location, absolute_source, make_index};
 pub use launch::{UpOptions, UpOutcome, down, holder_main, status, up};
+pub use loam_attach::ublk::DataPath;
 pub use mounts::{MountOptions, MountReport, Mounted, directory_of_mount, mount_image, unmount_image};
 pub use ranges::clone_range;

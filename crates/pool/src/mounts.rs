@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use loam_attach::ublk::DataPath;
 use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions, Importer};
 use loam_image::{Index, LoadedTree};
 use loam_seed::{FileTree, Layout, NodeKind, Subvolume};
@@ -45,6 +46,8 @@ pub struct MountOptions {
     pub transport: TransportChoice,
     /// Threads that serve the kernel.
     pub queues: Option<u16>,
+    /// How bytes get from ublk to the kernel.
+    pub data_path: DataPath,
 }
 
 /// What was mounted.
@@ -96,8 +99,12 @@ pub async fn mount_image(
     make_content(&directory, &config, options, &cache, &index, import)?;
     drop(cache);
     config.save(&directory)?;
-    let up_options =
-        UpOptions { transport: options.transport, queues: options.queues, ..UpOptions::default() };
+    let up_options = UpOptions {
+        transport: options.transport,
+        queues: options.queues,
+        data_path: options.data_path,
+        ..UpOptions::default()
+    };
     let holder = start(&directory, &up_options).await?;
     undo.keep();
     let report = MountReport {

@@ -1,16 +1,19 @@
 //! What is attached and mounted, kept in `run/attach.json`: enough for a new daemon to take over and for `loam down` to
 //! remove it when every process of the pool is dead.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use loam_attach::FileAttachment;
-use loam_attach::transport::SavedState;
+use loam_attach::holder::FdStore;
+use loam_attach::transport::{self, Attachment, SavedState};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, LocalDevice};
 use crate::directory::{PoolDirectory, remove_if_there, write_atomic};
 use crate::error::{Context, Error, Result};
-use crate::{apart, bundle};
+use crate::stand_in::StandIn;
+use crate::{apart, bundle, kernel};
 
 /// The contents of `run/attach.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,20 +49,26 @@ impl AttachState {
     }
 }
 
-/// Removes whatever a dead daemon left: mount, loop devices, the kernel's memory of the devices, sockets. Harmless when
-/// there is nothing. The caller has made sure that no daemon runs.
+/// Removes whatever a dead daemon left: mount, block devices, the kernel's memory of the devices, sockets. Harmless when
+/// there is nothing. The caller has made sure that no daemon runs. Readers that wait for one get errors: see
+/// [`waits_for_server`]. To be called where there is a runtime.
 pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()> {
     if let Some(state) = AttachState::load(directory)? {
         let local = find_local(config)?;
-        let local_path = local.as_ref().map(FileAttachment::device_path);
-        let devices: Vec<&Path> =
-            [Some(state.device.as_path()), local_path.as_deref()].into_iter().flatten().collect();
-        apart::unmount(directory, &devices, &state.mount)?;
-        remove_devices(&state, local).map_err(|error| match error {
+        let detaching = |error| match error {
             // Unmounted here, but not in every mount namespace.
             loam_attach::Error::Busy { .. } => Error::busy(&state.mount),
             error => Error::step(format!("detaching {}", state.device.display()), error),
-        })?;
+        };
+        if is_mounted(&state, local.as_ref())? {
+            let mut standin = stand_in(directory, &state).map_err(detaching)?;
+            let devices = devices(&state, local.as_ref());
+            apart::unmount(directory, &devices.each_ref().map(|device| device.as_path()), &state.mount)?;
+            if let Some(attachment) = &mut standin {
+                attachment.detach(&FdStore::none()).map_err(detaching)?;
+            }
+        }
+        remove_devices(&state, local).map_err(detaching)?;
     } else if let Some(mut local) = find_local(config)? {
         local.detach().step(|| "detaching the local device".to_owned())?;
     }
@@ -68,6 +77,36 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
         remove_if_there(&path)?;
     }
     Ok(())
+}
+
+/// Whether the pool is mounted and its reads wait for a server that is not there: then neither readers nor unmounting
+/// can go on before there is one.
+pub(crate) fn waits_for_server(directory: &PoolDirectory, config: &Config) -> Result<bool> {
+    let Some(state) = AttachState::load(directory)? else { return Ok(false) };
+    let attached = || {
+        let found = state.transport.is_attached();
+        found.step(|| format!("looking for {}", state.device.display()))
+    };
+    Ok(state.transport.waits_for_server() && is_mounted(&state, find_local(config)?.as_ref())? && attached()?)
+}
+
+fn devices(state: &AttachState, local: Option<&FileAttachment>) -> [PathBuf; 2] {
+    [state.device.clone(), local.map_or_else(|| state.device.clone(), FileAttachment::device_path)]
+}
+
+fn is_mounted(state: &AttachState, local: Option<&FileAttachment>) -> Result<bool> {
+    let devices = devices(state, local);
+    kernel::is_mounted(&state.mount, &devices.each_ref().map(|device| device.as_path()))
+}
+
+/// A filesystem whose reads wait for ever cannot be unmounted for certain, so this process answers them meanwhile.
+fn stand_in(directory: &PoolDirectory, state: &AttachState) -> loam_attach::Result<Option<Attachment>> {
+    if !state.transport.waits_for_server() || !state.transport.is_attached()? {
+        return Ok(None);
+    }
+    let device = Arc::new(StandIn::new(directory, state.transport.size()));
+    let (runtime, how) = (tokio::runtime::Handle::current(), transport::Options::default());
+    transport::resume(device, runtime, &how, state.transport.clone(), &FdStore::none()).map(Some)
 }
 
 fn remove_devices(state: &AttachState, local: Option<FileAttachment>) -> loam_attach::Result<()> {

@@ -19,6 +19,7 @@ pub(crate) async fn mount(context: &Context, options: Mount) -> anyhow::Result<(
         local: options.local,
         transport: options.serve.transport.into(),
         queues: options.serve.queues,
+        data_path: options.serve.data_path.into(),
     };
     let mounted =
         super::unless_interrupted(loam_pool::mount_image(&context.directory, &options, bar.clone())).await;

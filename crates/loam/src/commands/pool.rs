@@ -36,6 +36,7 @@ pub(crate) async fn up(context: &Context, options: Up) -> anyhow::Result<()> {
         transport: options.serve.transport.into(),
         mount: options.mount,
         queues: options.serve.queues,
+        data_path: options.serve.data_path.into(),
         unmapped: match options.unmapped {
             Unmapped::Error => UnmappedChoice::Error,
             Unmapped::Zeros => UnmappedChoice::Zeros,

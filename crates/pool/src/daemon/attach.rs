@@ -7,7 +7,7 @@ use std::sync::Arc;
 use loam_attach::fuse::{Engine, ServerOptions};
 use loam_attach::holder::FdStore;
 use loam_attach::transport::{self, Attachment, Transport};
-use loam_attach::{AttachOptions, FileAttachment};
+use loam_attach::{AttachOptions, FileAttachment, ublk};
 use loam_block::BlockDevice;
 use tokio::runtime::Handle;
 
@@ -117,7 +117,14 @@ fn transport_options(options: &UpOptions) -> transport::Options {
     };
     let server =
         ServerOptions { engine, threads: options.queues.map(usize::from), ..ServerOptions::default() };
-    transport::Options { loop_device: AttachOptions { server, ..AttachOptions::default() } }
+    transport::Options {
+        loop_device: AttachOptions { server, ..AttachOptions::default() },
+        ublk: ublk::Options {
+            queues: options.queues,
+            data_path: options.data_path,
+            ..ublk::Options::default()
+        },
+    }
 }
 
 fn mount_point(directory: &PoolDirectory, config: &Config, options: &UpOptions) -> Result<PathBuf> {

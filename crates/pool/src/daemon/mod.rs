@@ -326,7 +326,7 @@ impl Pool {
         errors.insert("unmapped".to_owned(), space.unmapped_reads);
         errors.insert("unresolved".to_owned(), space.resolve_failures);
         let served = lock_of(&self.attachment).stats();
-        errors.insert("reads_failed".to_owned(), served.failed);
+        errors.insert("reads_failed".to_owned(), served.errors);
         errors.insert("protocol".to_owned(), served.protocol_errors);
         errors
     }

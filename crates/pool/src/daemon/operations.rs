@@ -32,9 +32,9 @@ impl Pool {
             Listing { images: vec![], containers: vec![] }
         };
         let requests = BTreeMap::from([
-            ("local".to_owned(), served.local),
-            ("waited".to_owned(), served.waited),
-            ("failed".to_owned(), served.failed),
+            ("local".to_owned(), served.hits),
+            ("waited".to_owned(), served.misses),
+            ("failed".to_owned(), served.errors),
             ("waiting".to_owned(), served.waiting),
         ]);
         Ok(Status {
