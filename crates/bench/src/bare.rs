@@ -2,18 +2,21 @@
 //! one read and one writev. What the transport costs at best; loam is measured against it.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, IoSlice, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use loam_attach::fuse::{self, Action, REPLY_BYTES, Session, wire};
-use loam_sys::loopdev::{self, LoopConfig};
+use loam_sys::loopdev::{self, LoopConfig, LoopDevice};
+use loam_sys::map_file::MappedFile;
+use loam_sys::mount;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
+
+use crate::serve::Server;
 
 /// The name of the one file.
 const NAME: &str = "bare";
@@ -25,23 +28,44 @@ const MAX_BACKGROUND: u16 = 256;
 pub(crate) struct Options {
     /// Its bytes are served.
     data: PathBuf,
+    /// Mount the file system on this directory, instead of a loop device on its file.
+    #[arg(long, value_name = "DIR")]
+    mount: Option<PathBuf>,
 }
 
-/// Serves until standard input ends; prints the block device first.
+/// Serves until standard input ends; prints the file or block device first.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let data =
-        std::fs::read(&options.data).with_context(|| format!("cannot read {}", options.data.display()))?;
-    let size = data.len() as u64;
+    let file = File::open(&options.data);
+    let file = file.with_context(|| format!("cannot open {}", options.data.display()))?;
+    let data = MappedFile::map(&file).with_context(|| format!("cannot map {}", options.data.display()))?;
     let connection = fuse::connect()?;
-    let shared =
-        Arc::new((connection.channel, Session::new(NAME, size, fuse::MAX_READ, MAX_BACKGROUND), data));
+    let session = Session::new(NAME, data.len() as u64, fuse::MAX_READ, MAX_BACKGROUND);
+    let shared = Arc::new((connection.channel, session, data));
     for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
         let shared = Arc::clone(&shared);
         std::thread::spawn(move || serve(&shared.0, &shared.1, &shared.2));
     }
+    match &options.mount {
+        Some(directory) => {
+            std::fs::create_dir_all(directory)?;
+            mount::attach(connection.mount.as_fd(), directory)?;
+            // A descriptor into it would keep it busy.
+            drop(connection.mount);
+            until_input_ends(&directory.join(NAME))?;
+            Ok(mount::unmount(directory)?)
+        }
+        None => {
+            let device = on_loop(connection.mount.as_fd())?;
+            until_input_ends(&device.path())
+        }
+    }
+}
+
+/// A loop device on the file of a detached mount.
+fn on_loop(mount: BorrowedFd<'_>) -> Result<LoopDevice> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(connection.mount.as_fd(), NAME, flags, Mode::empty())?;
-    let device = loopdev::attach(&LoopConfig {
+    let file = rustix::fs::openat(mount, NAME, flags, Mode::empty())?;
+    Ok(loopdev::attach(&LoopConfig {
         backing: file.as_fd(),
         read_only: true,
         direct_io: true,
@@ -49,8 +73,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         block_size: 4096,
         offset: 0,
         size_limit: 0,
-    })?;
-    println!("{}", device.path().display());
+    })?)
+}
+
+fn until_input_ends(served: &Path) -> Result<()> {
+    println!("{}\n", served.display());
     std::io::stdout().flush()?;
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
@@ -81,37 +108,18 @@ fn serve(channel: &OwnedFd, session: &Session, data: &[u8]) {
     }
 }
 
-/// The server in a process of its own, as a loam daemon is; it ends when dropped.
-pub(crate) struct BareServer {
-    process: Child,
-    input: Option<ChildStdin>,
-    device: PathBuf,
-}
+/// The server in a process of its own, as a loam daemon is.
+pub(crate) struct BareServer;
 
 impl BareServer {
-    /// Serves the bytes of `data`.
-    pub(crate) fn start(data: &Path) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["bench", "bare-server"]).arg(data).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = command.spawn().context("cannot start the bare server")?;
-        let input = process.stdin.take();
-        let output = process.stdout.take().context("a pipe was asked for")?;
-        let mut line = String::new();
-        BufReader::new(output).read_line(&mut line)?;
-        let server = BareServer { process, input, device: PathBuf::from(line.trim_end()) };
-        ensure!(File::open(&server.device).is_ok(), "the bare server did not start");
-        Ok(server)
+    /// Serves the bytes of `data` as a loop device.
+    pub(crate) fn on_loop(data: &Path) -> Result<Server> {
+        Server::spawn(&["bare-server".into(), data.display().to_string()])
     }
 
-    /// Its block device.
-    pub(crate) fn device(&self) -> &Path {
-        &self.device
-    }
-}
-
-impl Drop for BareServer {
-    fn drop(&mut self) {
-        drop(self.input.take());
-        let _ = self.process.wait();
+    /// Serves the bytes of `data` as a file in `directory`.
+    pub(crate) fn mounted(data: &Path, directory: &Path) -> Result<Server> {
+        let directory = directory.display().to_string();
+        Server::spawn(&["bare-server".into(), data.display().to_string(), "--mount".into(), directory])
     }
 }

@@ -5,11 +5,14 @@
 
 mod bare;
 mod chart;
+mod clone;
 mod process;
+mod quarters;
 mod read;
 mod record;
 mod report;
 mod seed;
+mod serve;
 mod shape;
 mod start;
 
@@ -32,6 +35,8 @@ enum Command {
     Seed(seed::Options),
     /// Random reads of blocks that are local, through the transport.
     Read(read::Options),
+    /// Making files that are clones: by layout, number and threads; and what they cost afterwards.
+    Clone(clone::Options),
     /// Medians on the terminal, and one HTML file with charts.
     Report(report::Options),
     /// Formats once and says what it took; `seed` starts it to measure one process's memory.
@@ -40,6 +45,12 @@ enum Command {
     /// Serves a file from memory by FUSE and loop; `read` starts it.
     #[command(hide = true)]
     BareServer(bare::Options),
+    /// Serves a seed over a pattern; `clone` starts it.
+    #[command(hide = true)]
+    CloneServer(clone::ServerOptions),
+    /// Serves a device without a pool until its input ends; prints the device's path first.
+    #[command(hide = true)]
+    ServeDevice(serve::Options),
 }
 
 /// Options that every benchmark has.
@@ -73,8 +84,11 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Start(options) => start::run(&options),
         Command::Seed(options) => seed::run(&options),
         Command::Read(options) => read::run(&options),
+        Command::Clone(options) => clone::run(&options),
         Command::Report(options) => report::run(&options),
         Command::SeedOnce(options) => seed::once(&options),
         Command::BareServer(options) => bare::run(&options),
+        Command::CloneServer(options) => clone::serve(&options),
+        Command::ServeDevice(options) => serve::run(&options),
     }
 }

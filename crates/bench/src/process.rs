@@ -6,7 +6,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 use tempfile::TempDir;
 
 /// Runs a command to its end; anything but success is an error with what it said. Returns its output and its time.
@@ -57,12 +56,6 @@ impl Sandbox {
         arguments: impl IntoIterator<Item = S>,
     ) -> Result<(String, Duration)> {
         timed(&mut self.command(arguments)?)
-    }
-
-    /// Runs a loam command and reads the JSON that it prints.
-    pub(crate) fn json(&self, arguments: &[&str]) -> Result<Value> {
-        let (text, _) = self.loam(arguments.iter().copied().chain(["--json"]))?;
-        serde_json::from_str(&text).with_context(|| format!("`loam {}` printed no JSON", arguments.join(" ")))
     }
 
     /// `loam up`, and `loam down` at the latest when this is dropped.

@@ -1,154 +1,260 @@
-//! Random reads of 4 KiB, direct, of blocks that are local, by fio on the block device: the pool's virtual device,
-//! beside the barest FUSE server under the same loop set-up, which is what the transport can do, and beside a loop device
-//! on a tmpfs file, which is what the kernel can do without anybody's daemon.
+//! Random reads of 4 KiB, of what is local: loam's devices, with and without a file system, in every variant that may
+//! matter, beside what they are compared with over the same bytes, in the same run. fio reads and measures; what it
+//! reads is checked beside it, and a wrong byte ends the benchmark.
+//!
+//! A round attaches one target after the other, in a shuffled order, and reads it by its workloads, shuffled as well: so
+//! no idle server disturbs another target, and neither the first nor the last is always the same.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+mod attach;
+mod check;
+mod cpu;
+mod fio;
+mod guards;
+mod images;
+mod lab;
+mod plan;
+mod report;
+mod rublk;
+mod target;
+mod workload;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use loam_block::size::ByteSize;
-use loam_seed::VIRTUAL_BASE;
-use serde_json::Value;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 
 use crate::Common;
-use crate::bare::BareServer;
-use crate::process::{LoopDevice, Sandbox, timed};
-use crate::record::{Metrics, Recorder};
+use crate::record::{Case, Recorder, interrupted};
+use fio::Subject;
+use lab::Lab;
+use plan::{Lists, Plan, Preset};
+pub(crate) use report::SECTION;
+use target::{Reference, Target};
+use workload::{Engine, Workload};
 
 /// `loam bench read`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Bytes to read from.
-    #[arg(long, value_name = "SIZE", default_value = "512MiB")]
-    size: ByteSize,
-    /// Seconds of each measurement [default: 5; with --quick 2].
-    #[arg(long, value_name = "S")]
-    runtime: Option<u32>,
-    /// Where the pool is made, on a filesystem with real files.
+    /// What to compare, unless targets are listed.
+    #[arg(long, value_enum, default_value = "standard")]
+    preset: Preset,
+    #[command(flatten)]
+    lists: Lists,
+    /// ENGINE:JOBS[xDEPTH][:buffered] with the engines psync, io_uring, mmap [default: those of the preset].
+    #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
+    workload: Vec<Workload>,
+    /// Bytes that are read of each target [default: 256MiB; with --quick 64MiB]. Each copy of them takes memory.
+    #[arg(long, value_name = "SIZE")]
+    size: Option<ByteSize>,
+    /// Seconds of each measurement [default: 5; with --quick 1].
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    runtime: Option<f64>,
+    /// The order of things follows from this.
+    #[arg(long, value_name = "N", default_value = "1")]
+    seed: u64,
+    /// Where the cache and the file that is read from disk lie.
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     scratch: PathBuf,
-    /// A tmpfs, for the file that is read from memory.
+    /// A tmpfs.
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     memory: PathBuf,
+    /// Say what would be measured, and how long it takes, and measure nothing.
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     common: Common,
 }
 
-/// How fio reads: the setting's name and its arguments.
-const MODES: [(&str, &[&str]); 3] = [
-    ("psync, 1 job", &["--ioengine=psync", "--numjobs=1"]),
-    ("psync, 4 jobs", &["--ioengine=psync", "--numjobs=4"]),
-    ("io_uring, depth 64", &["--ioengine=io_uring", "--iodepth=64", "--numjobs=1"]),
-];
+/// What a run takes beside its runtime, before there is experience: fio's start and end, and the check.
+const OVERHEAD: f64 = 1.0;
+/// Queues of other servers: as loam's own default.
+const QUEUES_MAX: usize = 4;
 
-/// A block device and where on it the data lies.
-struct Target {
-    case: &'static str,
-    device: PathBuf,
-    offset: u64,
+/// `2`, `2.5`, `2s`, `500ms`.
+fn seconds(text: &str) -> Result<f64> {
+    let (number, scale) = match (text.strip_suffix("ms"), text.strip_suffix('s')) {
+        (Some(number), _) => (number, 1e-3),
+        (None, Some(number)) => (number, 1.0),
+        (None, None) => (text, 1.0),
+    };
+    let seconds = number.parse::<f64>().with_context(|| format!("{text}: not a number of seconds"))? * scale;
+    ensure!((0.1..=3600.0).contains(&seconds), "{text}: from 100ms to 3600s");
+    Ok(seconds)
+}
+
+/// What a round needs.
+struct Bench {
+    lab: Lab,
+    recorder: Recorder,
+    runtime: f64,
+    seed: u64,
+    queues: u16,
+    /// Engines that do not work here.
+    engines: BTreeMap<Engine, String>,
+    /// Targets that could not be attached: not tried again.
+    refused: BTreeSet<Target>,
+    checked: BTreeSet<Target>,
+    progress: Progress,
+}
+
+/// Where the benchmark is.
+struct Progress {
+    started: Instant,
+    done: usize,
+    all: usize,
+}
+
+impl Progress {
+    fn step(&mut self) {
+        self.done += 1;
+        let each = self.started.elapsed().as_secs_f64() / self.done as f64;
+        let left = Duration::from_secs_f64(each * self.all.saturating_sub(self.done) as f64);
+        eprintln!("[{}/{}, {} min left]", self.done, self.all, left.as_secs().div_ceil(60));
+    }
 }
 
 /// Runs the benchmark.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let memory = Sandbox::new(&options.memory)?;
-    let data = memory.path("data");
-    fill(&data, options.size.0)?;
-    let on_tmpfs = LoopDevice::attach(&data, &["--direct-io=on", "--read-only"])?;
-    let mut pool = Sandbox::new(&options.scratch)?;
-    let bare = BareServer::start(&data)?;
-    let targets = [
-        Target { case: "bare FUSE server", device: bare.device().to_path_buf(), offset: 0 },
-        pool_target(&mut pool, &data)?,
-        Target { case: "loop on tmpfs", device: on_tmpfs.path().to_path_buf(), offset: 0 },
-    ];
-    for target in &targets {
-        warm(target, &data)?;
+    let quick = options.common.quick;
+    let size = options.size.unwrap_or(ByteSize(if quick { 64 << 20 } else { 256 << 20 }));
+    ensure!(size.0 > 0 && size.0.is_multiple_of(1 << 20), "--size {size}: has to be a multiple of 1 MiB");
+    let plan = plan::plan(options.preset, quick, &options.lists, &options.workload, size);
+    let runtime = options.runtime.unwrap_or(if quick { 1.0 } else { 5.0 });
+    let rounds = options.common.rounds.unwrap_or(if quick { 2 } else { 5 });
+    let recorder = Recorder::open(&options.common.out)?;
+    let all = (0..rounds)
+        .map(|round| pending(&plan, &recorder, round).iter().map(|p| p.1.len()).sum::<usize>())
+        .sum();
+    let estimate = (all as f64 * (runtime + OVERHEAD) / 60.0).ceil();
+    eprintln!("{} cells, {rounds} rounds: {all} runs to do, about {estimate} min", plan.cells());
+    if options.dry_run {
+        for (target, workloads) in &plan.0 {
+            let workloads: Vec<String> = workloads.iter().map(Workload::to_string).collect();
+            println!("{target}: {}", workloads.join("; "));
+        }
+        return Ok(());
     }
-    let mut recorder = Recorder::open(&options.common.out)?;
-    for round in 0..options.common.rounds() {
-        for (setting, mode) in MODES {
-            for target in &targets {
-                recorder.measure(("read", setting, target.case, round), || fio(options, target, mode))?;
+    ensure!(rustix::process::geteuid().is_root(), "this mounts and attaches devices: run it as root");
+    let mut bench = Bench {
+        lab: Lab::new(&options.memory, &options.scratch, size.0)?,
+        recorder,
+        runtime,
+        seed: options.seed,
+        queues: std::thread::available_parallelism().map_or(1, usize::from).min(QUEUES_MAX) as u16,
+        engines: BTreeMap::new(),
+        refused: BTreeSet::new(),
+        checked: BTreeSet::new(),
+        progress: Progress { started: Instant::now(), done: 0, all },
+    };
+    bench.probe_engines(&plan);
+    (0..rounds).try_for_each(|round| bench.round(&plan, round))
+}
+
+/// What a round has still to do.
+fn pending(plan: &Plan, recorder: &Recorder, round: u32) -> Vec<(Target, Vec<Workload>)> {
+    let mut pending = Vec::new();
+    for (target, workloads) in &plan.0 {
+        let lacks = |workload: &&Workload| !recorder.has(&case(target, workload, round));
+        let workloads: Vec<Workload> = workloads.iter().filter(lacks).copied().collect();
+        if !workloads.is_empty() {
+            pending.push((*target, workloads));
+        }
+    }
+    pending
+}
+
+fn case(target: &Target, workload: &Workload, round: u32) -> Case {
+    let mut options = target.options();
+    options.extend(workload.options());
+    Case { bench: "read", setting: workload.to_string(), case: target.to_string(), round, options }
+}
+
+impl Bench {
+    fn probe_engines(&mut self, plan: &Plan) {
+        let engines: BTreeSet<Engine> = plan
+            .0
+            .iter()
+            .flat_map(|(_, workloads)| workloads.iter().map(|workload| workload.engine))
+            .collect();
+        for engine in engines {
+            if let Err(error) = fio::probe(engine) {
+                self.engines.insert(engine, format!("fio cannot use {}: {error:#}", engine.name()));
             }
         }
     }
-    Ok(())
-}
 
-/// Bytes that differ from block to block: each holds its own number.
-fn fill(path: &Path, size: u64) -> Result<()> {
-    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
-    let mut piece = vec![0; 1 << 20];
-    for start in (0..size).step_by(piece.len()) {
-        for (word, bytes) in (0..).zip(piece.chunks_exact_mut(8)) {
-            bytes.copy_from_slice(&(start + word * 8).to_be_bytes());
+    fn round(&mut self, plan: &Plan, round: u32) -> Result<()> {
+        let mut random = StdRng::seed_from_u64(self.seed ^ u64::from(round) << 32);
+        let mut pending = pending(plan, &self.recorder, round);
+        pending.shuffle(&mut random);
+        for (target, mut workloads) in pending {
+            workloads.shuffle(&mut random);
+            if !self.refused.contains(&target) {
+                self.target(&target, &workloads, round)?;
+            }
         }
-        file.write_all_at(&piece[..piece.len().min((size - start) as usize)], start)?;
+        Ok(())
     }
-    Ok(())
-}
 
-/// A pool that is up, with the data as one range.
-fn pool_target(pool: &mut Sandbox, data: &Path) -> Result<Target> {
-    pool.loam(["init"])?;
-    pool.up()?;
-    let range = pool.json(&["range", "add", &format!("file:{}", data.display())])?;
-    let address = range["address"].as_u64().context("`loam range add` names no address")?;
-    let status = pool.json(&["status"])?;
-    let device = status["device"].as_str().context("`loam status` names no device")?;
-    Ok(Target { case: "loam", device: PathBuf::from(device), offset: VIRTUAL_BASE + address })
-}
-
-/// Reads everything once, so that it is local, and sees that it is the data.
-fn warm(target: &Target, data: &Path) -> Result<()> {
-    let (data, device) = (File::open(data)?, File::open(&target.device)?);
-    let (mut expected, mut found) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let size = data.metadata()?.len();
-    for start in (0..size).step_by(expected.len()) {
-        let length = expected.len().min((size - start) as usize);
-        data.read_exact_at(&mut expected[..length], start)?;
-        device.read_exact_at(&mut found[..length], target.offset + start)?;
-        ensure!(expected == found, "{}: wrong bytes near {start}", target.case);
+    fn refuse(&mut self, target: &Target, workloads: &[Workload], round: u32, reason: &str) -> Result<()> {
+        for workload in workloads {
+            self.recorder.unavailable(&case(target, workload, round), reason)?;
+            self.progress.step();
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn target(&mut self, target: &Target, workloads: &[Workload], round: u32) -> Result<()> {
+        if interrupted() {
+            anyhow::bail!("interrupted; the same command goes on from here");
+        }
+        let attached = match attach::attach(&mut self.lab, target, self.queues) {
+            Ok(attached) => attached,
+            Err(error) => {
+                self.refused.insert(*target);
+                return self.refuse(target, workloads, round, &format!("{error:#}"));
+            }
+        };
+        let size = target.size().0;
+        if self.checked.insert(*target) {
+            check::whole(&attached.path, size, attached.expected).with_context(|| target.to_string())?;
+        }
+        for workload in workloads {
+            if let Some(reason) = self.engines.get(&workload.engine).cloned() {
+                self.refuse(target, &[*workload], round, &reason)?;
+                continue;
+            }
+            let mut reads = *workload;
+            // No character device takes direct reads.
+            reads.direct &= !matches!(target, Target::Reference { kind: Reference::DevZero, .. });
+            let subject = Subject { path: &attached.path, size, servers: &attached.servers };
+            let (runtime, seed) = (self.runtime, self.seed ^ u64::from(round));
+            self.recorder.measure_with_facts(&case(target, workload, round), &attached.facts, || {
+                let checked = check::sample(&attached.path, size, attached.expected, &reads, seed)?;
+                let mut metrics = fio::measure(&subject, &reads, runtime)?;
+                metrics.insert("checked_reads".into(), checked.into());
+                Ok(metrics)
+            })?;
+            self.progress.step();
+        }
+        Ok(())
+    }
 }
 
-fn fio(options: &Options, target: &Target, mode: &[&str]) -> Result<Metrics> {
-    let runtime = options.runtime.unwrap_or(if options.common.quick { 2 } else { 5 });
-    let mut command = Command::new("fio");
-    command
-        .args(["--name=read", "--rw=randread", "--bs=4k", "--direct=1", "--readonly", "--time_based"])
-        .args(["--randrepeat=0", "--norandommap", "--group_reporting", "--output-format=json"])
-        .args(mode)
-        .arg(format!("--runtime={runtime}"))
-        .arg(format!("--offset={}", target.offset))
-        .arg(format!("--size={}", options.size.0))
-        .arg(format!("--filename={}", target.device.display()));
-    let before = busy_seconds()?;
-    let (text, _) = timed(&mut command)?;
-    let busy = busy_seconds()? - before;
-    let result: Value = serde_json::from_str(&text).context("what fio printed")?;
-    let read = &result["jobs"][0]["read"];
-    let number = |value: &Value, what: &str| value.as_f64().with_context(|| format!("fio gives no {what}"));
-    let requests = number(&read["total_ios"], "total_ios")?;
-    let percentile = |name: &str| number(&read["clat_ns"]["percentile"][name], name).map(|ns| ns / 1e3);
-    Ok(Metrics::from([
-        ("iops".into(), number(&read["iops"], "iops")?),
-        ("p50_us".into(), percentile("50.000000")?),
-        ("p99_us".into(), percentile("99.000000")?),
-        ("p999_us".into(), percentile("99.900000")?),
-        ("cpu_us_per_read".into(), busy * 1e6 / requests.max(1.0)),
-    ]))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Seconds that all processors of the machine have been busy since it started, fio's own included.
-fn busy_seconds() -> Result<f64> {
-    let stat = std::fs::read_to_string("/proc/stat")?;
-    let line = stat.lines().next().unwrap_or_default();
-    let ticks: Vec<f64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
-    ensure!(ticks.len() >= 5, "/proc/stat is not understood");
-    let idle = ticks[3] + ticks[4];
-    Ok((ticks.iter().take(8).sum::<f64>() - idle) / rustix::param::clock_ticks_per_second() as f64)
+    #[test]
+    fn seconds_are_read_as_people_write_them() {
+        assert_eq!(seconds("2").unwrap(), 2.0);
+        assert_eq!(seconds("10s").unwrap(), 10.0);
+        assert_eq!(seconds("500ms").unwrap(), 0.5);
+        assert!(seconds("0").is_err() && seconds("1h").is_err());
+    }
 }

@@ -39,6 +39,9 @@ pub struct Record {
     pub options: BTreeMap<String, String>,
     /// Values by name; the name ends in the unit (`total_seconds`, `wire_bytes`).
     pub metrics: BTreeMap<String, f64>,
+    /// What was found out about the case while it was measured.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub facts: BTreeMap<String, String>,
     /// Why this machine cannot run the case. Such a record has no metrics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unavailable: Option<String>,
@@ -122,23 +125,37 @@ impl Recorder {
     /// Measures a case that has no options.
     ///
     /// # Errors
-    /// As [`Recorder::measure_case`].
+    /// As [`Recorder::measure_with_facts`].
     pub(crate) fn measure(
         &mut self,
         (bench, setting, case, round): (&'static str, &str, &str, u32),
         measure: impl FnOnce() -> Result<Metrics>,
     ) -> Result<()> {
         let (setting, case) = (setting.to_string(), case.to_string());
-        self.measure_case(&Case { bench, setting, case, round, options: BTreeMap::new() }, measure)
+        let case = Case { bench, setting, case, round, options: BTreeMap::new() };
+        self.measure_case(&case, measure)
     }
 
-    /// Measures a case unless the file has it, appends it and says so on stderr.
+    /// Measures a case of which nothing else is to be noted.
     ///
     /// # Errors
-    /// Those of `measure`, with the case's name, and those of writing.
+    /// As [`Recorder::measure_with_facts`].
     pub(crate) fn measure_case(
         &mut self,
         case: &Case,
+        measure: impl FnOnce() -> Result<Metrics>,
+    ) -> Result<()> {
+        self.measure_with_facts(case, &BTreeMap::new(), measure)
+    }
+
+    /// Measures a case unless the file has it, appends it with what is known of it, and says so on stderr.
+    ///
+    /// # Errors
+    /// Those of `measure`, with the case's name, and those of writing.
+    pub(crate) fn measure_with_facts(
+        &mut self,
+        case: &Case,
+        facts: &BTreeMap<String, String>,
         measure: impl FnOnce() -> Result<Metrics>,
     ) -> Result<()> {
         if self.has(case) {
@@ -149,9 +166,10 @@ impl Recorder {
         }
         let name = format!("{}, {}, {}, round {}", case.bench, case.setting, case.case, case.round);
         let metrics = measure().with_context(|| name.clone())?;
-        let shown: Vec<_> = metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        let shown = metrics.iter().filter(|(name, _)| !is_of_a_curve(name));
+        let shown: Vec<_> = shown.map(|(name, value)| format!("{name} {value:.4}")).collect();
         eprintln!("{name}: {}", shown.join(", "));
-        self.append(case, metrics, None)?;
+        self.append(case, facts.clone(), metrics, None)?;
         self.done.insert(self.key(case));
         Ok(())
     }
@@ -163,12 +181,18 @@ impl Recorder {
     pub(crate) fn unavailable(&mut self, case: &Case, reason: &str) -> Result<()> {
         if !self.has(case) && self.unavailable.insert((self.key(case), reason.to_string())) {
             eprintln!("{}, {}, {}: not available: {reason}", case.bench, case.setting, case.case);
-            self.append(case, Metrics::new(), Some(reason.to_string()))?;
+            self.append(case, BTreeMap::new(), Metrics::new(), Some(reason.to_string()))?;
         }
         Ok(())
     }
 
-    fn append(&mut self, case: &Case, metrics: Metrics, unavailable: Option<String>) -> Result<()> {
+    fn append(
+        &mut self,
+        case: &Case,
+        facts: BTreeMap<String, String>,
+        metrics: Metrics,
+        unavailable: Option<String>,
+    ) -> Result<()> {
         let Case { bench, setting, case, round, options } = case.clone();
         let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
         let record = Record {
@@ -178,6 +202,7 @@ impl Recorder {
             round,
             options,
             metrics,
+            facts,
             unavailable,
             time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             kernel: self.kernel.clone(),
@@ -188,6 +213,13 @@ impl Recorder {
         line.push('\n');
         Ok(self.file.write_all(line.as_bytes())?)
     }
+}
+
+/// Whether a metric is a point of a curve that a line of text has no room for: a percentile but for the median and the
+/// 99th.
+fn is_of_a_curve(metric: &str) -> bool {
+    let percentile = metric.strip_prefix('p').and_then(|rest| rest.strip_suffix("_us"));
+    percentile.is_some_and(|number| number.parse::<f64>().is_ok() && number != "50" && number != "99")
 }
 
 /// Whether Ctrl-C or SIGTERM came: no further case begins.

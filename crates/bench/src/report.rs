@@ -34,7 +34,7 @@ pub(crate) struct Section {
 }
 
 /// In the order of the report.
-const SECTIONS: &[Section] = &[generic::SECTION];
+const SECTIONS: &[Section] = &[crate::read::SECTION, generic::SECTION];
 
 /// Runs the report.
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -156,6 +156,7 @@ mod tests {
             round,
             options: std::collections::BTreeMap::new(),
             metrics: Metrics::from([("total_seconds".into(), value)]),
+            facts: std::collections::BTreeMap::new(),
             unavailable: None,
             time: 0,
             kernel: "6.18".into(),

@@ -1,0 +1,100 @@
+//! Who used the processors during a run: the servers, the readers, and everybody else, which is the kernel's own threads
+//! when nothing else runs on the machine. Servers and the machine from /proc, in clock ticks.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+
+/// Processor time in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Times {
+    pub(super) user: f64,
+    pub(super) system: f64,
+}
+
+impl Times {
+    pub(super) fn total(self) -> f64 {
+        self.user + self.system
+    }
+
+    fn minus(self, before: Times) -> Times {
+        Times { user: (self.user - before.user).max(0.0), system: (self.system - before.system).max(0.0) }
+    }
+
+    fn plus(self, other: Times) -> Times {
+        Times { user: self.user + other.user, system: self.system + other.system }
+    }
+}
+
+/// A look at the clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Snapshot {
+    /// Of the servers, all their threads.
+    pub(super) servers: Times,
+    /// Of children of this process that have ended: of fio, when it is one look later.
+    pub(super) children: Times,
+    /// Of all processors, idle time aside.
+    pub(super) machine: f64,
+}
+
+impl Snapshot {
+    /// Looks now; `servers` are process ids. One that has gone counts nothing.
+    pub(super) fn take(servers: &[u32]) -> Result<Self> {
+        let tick = 1.0 / rustix::param::clock_ticks_per_second() as f64;
+        let mut all = Times::default();
+        for process in servers {
+            let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            all = all.plus(times(&stat, 0, tick).unwrap_or_default());
+        }
+        let own = fs::read_to_string("/proc/self/stat")?;
+        let children = times(&own, 2, tick).context("/proc/self/stat is not understood")?;
+        let stat = fs::read_to_string("/proc/stat")?;
+        let machine = busy_ticks(&stat).context("/proc/stat is not understood")? * tick;
+        Ok(Snapshot { servers: all, children, machine })
+    }
+
+    /// What was used since `before`.
+    pub(super) fn since(self, before: Snapshot) -> Snapshot {
+        Snapshot {
+            servers: self.servers.minus(before.servers),
+            children: self.children.minus(before.children),
+            machine: (self.machine - before.machine).max(0.0),
+        }
+    }
+
+    /// What neither servers nor children used.
+    pub(super) fn rest(&self) -> f64 {
+        (self.machine - self.servers.total() - self.children.total()).max(0.0)
+    }
+}
+
+/// utime and stime (14th and 15th) of a process's stat, or, `skip` fields on, those of its children (proc_pid_stat(5)).
+fn times(stat: &str, skip: usize, tick: f64) -> Option<Times> {
+    // The second field is a name in parentheses, which may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11 + skip);
+    let mut next = || fields.next()?.parse::<f64>().ok();
+    Some(Times { user: next()? * tick, system: next()? * tick })
+}
+
+/// All but idle and waiting for I/O, of the line of all processors; guests' time is in user's already (proc_stat(5)).
+fn busy_ticks(stat: &str) -> Option<f64> {
+    let line = stat.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<f64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    Some(ticks.iter().take(8).sum::<f64>() - idle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_found_behind_any_name() {
+        let stat = "7 (a) (b 1) S 1 7 7 0 -1 4194560 1 2 3 4 10 20 30 40 20 0 1 0 5";
+        assert_eq!(times(stat, 0, 0.01), Some(Times { user: 0.1, system: 0.2 }));
+        assert_eq!(times(stat, 2, 0.01), Some(Times { user: 0.3, system: 0.4 }));
+        assert_eq!(times("7 (a) S", 0, 0.01), None);
+        assert_eq!(busy_ticks("cpu  1 2 3 100 50 4 5 6 1 1\ncpu0 9\n"), Some(21.0));
+        assert!(Snapshot::take(&[std::process::id(), 0]).unwrap().machine > 0.0);
+    }
+}
