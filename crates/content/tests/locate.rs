@@ -71,6 +71,7 @@ async fn unseen_only_what_was_found_right_in_the_file_since_the_start() {
     let cache = reopen(dir.path(), plain()).await;
     let device = cache.device("a", source.clone()).unwrap();
     assert!(!has_location(&device, 8192, 4096, Access::Unseen), "another start");
+    assert!(!has_location(&device, 8192, 4096, Access::Seen), "its checksums would have to be waited for");
     assert!(device.check(false).await.unwrap().bad_chunks == 0);
     assert_eq!(read_located(&device, 0, LENGTH, Access::Unseen), Some(whole));
     assert_eq!(source.fetches(), 1);

@@ -102,20 +102,7 @@ impl Proofs {
         }
         for (word, value) in words.zip(values.iter()) {
             let page = self.words.set(Paged::<AtomicU64, PAGE>::page_of(word), empty_page);
-            let slot = &page[(word % PAGE as u64) as usize];
-            let mut value = *value;
-            // Other readers may set other bits of the word meanwhile. Release: who sees the bit sees the chunk's bytes.
-            while let Err(now) = slot.compare_exchange_weak(
-                value,
-                value | bits_of(word, blocks),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                if now >> 32 != value >> 32 {
-                    return;
-                }
-                value = now;
-            }
+            add_bits(&page[(word % PAGE as u64) as usize], *value, bits_of(word, blocks));
         }
     }
 
@@ -134,6 +121,18 @@ impl Proofs {
 
     fn load(&self, word: u64) -> u64 {
         self.words.get(word).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+}
+
+/// Adds bits to a word that was seen as `value`, unless it is of another generation by now.
+fn add_bits(word: &AtomicU64, mut value: u64, bits: u64) {
+    // Other readers may add other bits meanwhile. Release: who sees the bits sees the chunk's bytes.
+    while let Err(now) = word.compare_exchange_weak(value, value | bits, Ordering::AcqRel, Ordering::Acquire)
+    {
+        if now >> 32 != value >> 32 {
+            return;
+        }
+        value = now;
     }
 }
 
