@@ -97,8 +97,8 @@ struct Bench {
     /// Engines that do not work here.
     engines: BTreeMap<Engine, String>,
     /// Targets that could not be attached: not tried again.
-    refused: BTreeSet<Target>,
-    checked: BTreeSet<Target>,
+    refused: Vec<Target>,
+    checked: Vec<Target>,
     progress: Progress,
 }
 
@@ -147,8 +147,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         seed: options.seed,
         queues: std::thread::available_parallelism().map_or(1, usize::from).min(QUEUES_MAX) as u16,
         engines: BTreeMap::new(),
-        refused: BTreeSet::new(),
-        checked: BTreeSet::new(),
+        refused: Vec::new(),
+        checked: Vec::new(),
         progress: Progress { started: Instant::now(), done: 0, all },
     };
     bench.probe_engines(&plan);
@@ -216,12 +216,13 @@ impl Bench {
         let attached = match attach::attach(&mut self.lab, target, self.queues) {
             Ok(attached) => attached,
             Err(error) => {
-                self.refused.insert(*target);
+                self.refused.push(*target);
                 return self.refuse(target, workloads, round, &format!("{error:#}"));
             }
         };
         let size = target.size().0;
-        if self.checked.insert(*target) {
+        if !self.checked.contains(target) {
+            self.checked.push(*target);
             check::whole(&attached.path, size, attached.expected).with_context(|| target.to_string())?;
         }
         for workload in workloads {

@@ -2,6 +2,7 @@
 //! benchmark that has more to say than medians brings a [`Section`] of its own; all others share the generic one.
 
 mod generic;
+mod table;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::record::{Record, load};
 
-pub(crate) use generic::Comparison;
+pub(crate) use generic::{Comparison, Spread};
+pub(crate) use table::Table;
 
 /// `loam bench report`.
 #[derive(Debug, clap::Args)]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use loam_attach::holder::FdStore;
+use loam_attach::ublk::{self, DataPath};
 use loam_attach::{AttachOptions, LoopTransport};
 use loam_block::size::ByteSize;
 use loam_block::{BlockDevice, FileDevice, FileOptions, Io};
@@ -51,7 +52,7 @@ pub(crate) struct Options {
     pub(crate) queues: Option<u16>,
     /// How data gets into the kernel's pages, of ublk: auto, copy, user-copy, zero-copy.
     #[arg(long, value_name = "PATH")]
-    pub(crate) data_path: Option<String>,
+    pub(crate) data_path: Option<DataPath>,
 }
 
 /// What a server says once its device is there: one line of JSON, after the line with the device's path.
@@ -72,7 +73,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => content,
     };
     match options.transport {
-        Transport::Ublk => ublk(device, runtime.handle(), options),
+        Transport::Ublk => by_ublk(device, runtime.handle(), options),
         Transport::Loop => by_loop(device, runtime.handle(), options),
     }
 }
@@ -87,8 +88,15 @@ fn by_loop(device: Arc<dyn BlockDevice>, runtime: &Handle, options: &Options) ->
     Ok(attachment.detach(&store)?)
 }
 
-fn ublk(_device: Arc<dyn BlockDevice>, _runtime: &Handle, _options: &Options) -> Result<()> {
-    bail!("this build has no ublk transport")
+fn by_ublk(device: Arc<dyn BlockDevice>, runtime: &Handle, options: &Options) -> Result<()> {
+    let mut attach = ublk::Options { queues: options.queues, ..ublk::Options::default() };
+    if let Some(data_path) = options.data_path {
+        attach.data_path = data_path;
+    }
+    let mut attachment = ublk::attach(device, runtime.clone(), &attach)?;
+    let facts = Facts { data_path: attachment.data_path().to_string() };
+    until_input_ends(&attachment.device_path(), &facts)?;
+    Ok(attachment.detach()?)
 }
 
 fn until_input_ends(device: &Path, facts: &Facts) -> Result<()> {
@@ -153,7 +161,7 @@ impl Server {
         option("prefix", options.prefix.as_ref().map(|path| path.display().to_string()));
         option("virtual-size", options.virtual_size.map(|size| size.0.to_string()));
         option("queues", options.queues.map(|queues| queues.to_string()));
-        option("data-path", options.data_path.clone());
+        option("data-path", options.data_path.map(|path| path.to_string()));
         Server::spawn(&arguments)
     }
 

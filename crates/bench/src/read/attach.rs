@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail, ensure};
+use loam_attach::ublk::DataPath;
 use loam_block::size::ByteSize;
 use loam_seed::SeedOptions;
 
@@ -12,7 +13,7 @@ use super::guards::{Guards, Mounted, OnLoop};
 use super::images::{DATA, SUBVOLUME};
 use super::lab::{Lab, RamDisk};
 use super::rublk::Rublk;
-use super::target::{DataPath, Layout, LoamTarget, Reference, Source, Target, word};
+use super::target::{Layout, LoamTarget, Reference, Source, Target, word};
 use crate::bare::BareServer;
 use crate::serve::{self, Content, Server, Transport};
 
@@ -133,7 +134,7 @@ fn loam(lab: &mut Lab, target: &LoamTarget) -> Result<Attached> {
         prefix: None,
         virtual_size: None,
         queues: target.queues,
-        data_path: (target.data_path != DataPath::Auto).then(|| word(target.data_path)),
+        data_path: (target.data_path != DataPath::Auto).then_some(target.data_path),
     };
     ensure!(
         target.transport == Transport::Ublk || target.data_path == DataPath::Auto,

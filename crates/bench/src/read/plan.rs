@@ -1,8 +1,9 @@
 //! Which targets are read by which workloads: the presets, and the full product of what the command line lists.
 
+use loam_attach::ublk::DataPath;
 use loam_block::size::ByteSize;
 
-use super::target::{DataPath, Layout, LoamTarget, Queues, Reference, Source, Target};
+use super::target::{Layout, LoamTarget, Queues, Reference, Source, Target};
 use super::workload::Workload;
 use crate::serve::Transport;
 
@@ -66,7 +67,7 @@ pub(crate) struct Lists {
     #[arg(long, value_name = "N", value_delimiter = ',')]
     pub(crate) queues: Vec<Queues>,
     /// Data paths of ublk [default: auto].
-    #[arg(long, value_enum, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',')]
     pub(crate) data_path: Vec<DataPath>,
     /// What to compare with.
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -244,6 +245,13 @@ fn full(add: &mut impl FnMut(Lists, &[&str])) {
     let reference = <Reference as clap::ValueEnum>::value_variants();
     let reference = reference.iter().copied().filter(|kind| *kind != Reference::DevZero).collect();
     add(Lists { reference, ..Lists::default() }, ALL);
+}
+
+/// The targets of the standard preset, for tests of what is said about them.
+#[cfg(test)]
+pub(super) fn standard_targets(size: ByteSize) -> Vec<Target> {
+    let plan = plan(Preset::Standard, false, &Lists::default(), &[], size);
+    plan.0.into_iter().map(|(target, _)| target).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use loam_attach::ublk::DataPath;
 use loam_block::size::ByteSize;
 
 use crate::serve::Transport;
@@ -38,23 +39,13 @@ pub(crate) enum Source {
     Disk,
 }
 
-/// How the bytes get into the kernel's pages, of ublk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub(crate) enum DataPath {
-    /// What the transport chooses.
-    Auto,
-    Copy,
-    UserCopy,
-    ZeroCopy,
-}
-
 /// The name of a value, as the command line has it.
 pub(crate) fn word(value: impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
 }
 
 /// One of loam's devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LoamTarget {
     pub(crate) transport: Transport,
     pub(crate) layout: Layout,
@@ -78,7 +69,7 @@ impl fmt::Display for LoamTarget {
             write!(f, " {queues}q")?;
         }
         if self.data_path != DataPath::Auto {
-            write!(f, " {}", word(self.data_path))?;
+            write!(f, " {}", self.data_path)?;
         }
         Ok(())
     }
@@ -120,7 +111,7 @@ pub(crate) enum Reference {
 }
 
 /// Anything that is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Target {
     Loam(LoamTarget),
     Reference { kind: Reference, size: ByteSize },
@@ -150,7 +141,7 @@ impl Target {
                 }
                 set("queues", loam.queues.map_or("auto".into(), |queues| queues.to_string()));
                 if loam.transport == Transport::Ublk {
-                    set("data_path", word(loam.data_path));
+                    set("data_path", loam.data_path.to_string());
                 }
             }
             Target::Reference { kind, .. } => set("reference", word(*kind)),
