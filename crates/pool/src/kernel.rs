@@ -64,11 +64,12 @@ fn refuse_unless_free(mount_point: &Path) -> Result<()> {
 }
 
 fn mount_pair(config: &Config, virtual_device: &Path, local_device: &Path, mount_point: &Path) -> Result<()> {
-    let device = format!("device={}", virtual_device.display());
+    // Not by the option `device`: kernels before 6.13 or so open it for writing, which the virtual device does not take.
+    btrfs::scan_device(virtual_device).map_err(|error| explain_mount(config, mount_point, error))?;
     let subvolume = format!("subvol={IMAGE_SUBVOLUME}");
-    let mut options = vec![device.as_str()];
+    let mut options = Vec::new();
     if config.purpose == Purpose::Mount {
-        options.push(&subvolume);
+        options.push(subvolume.as_str());
     }
     // Reading must not write: an access time would copy the metadata of everything that is read.
     let flags = MountFlags { no_access_time: true, ..MountFlags::default() };
