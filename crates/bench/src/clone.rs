@@ -1,11 +1,12 @@
 //! Clones: how fast files are made of the virtual region, and what they cost afterwards, by layout, by their number and
 //! by the number of threads. Answers whether one giant extent slows cloning down, and what threads wait for.
 
+mod device;
 mod filesystem;
 mod measure;
 mod percentile;
 mod plan;
-mod server;
+mod report;
 mod stock;
 mod workers;
 
@@ -17,10 +18,12 @@ use loam_block::size::ByteSize;
 
 use crate::Common;
 use crate::record::{Case, Recorder};
+use crate::serve::Transport;
 use measure::Samples;
 use plan::{Arrangement, Layout, Matrix, THREADS_MAX};
 
-pub(crate) use server::{Options as ServerOptions, run as serve};
+pub(crate) use device::SeedDevice;
+pub(crate) use report::SECTION;
 
 /// `loam bench clone`.
 #[derive(Debug, clap::Args)]
@@ -37,6 +40,9 @@ pub(crate) struct Options {
     /// What threads have in common [default: all that make a difference].
     #[arg(long, value_name = "HOW,...", value_delimiter = ',')]
     arrangements: Vec<Arrangement>,
+    /// How the kernel gets the virtual device.
+    #[arg(long, default_value = "loop")]
+    transport: Transport,
     /// Bytes of the virtual region, where the layout can have them.
     #[arg(long, value_name = "SIZE", default_value = "4EiB")]
     virtual_size: ByteSize,
@@ -88,7 +94,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for round in 0..options.common.rounds() {
         for point in matrix.shuffled(options.seed, round) {
             let mut of_case = point.options();
-            of_case.insert("transport".into(), "loop".into());
+            of_case.insert("transport".into(), plan::name(options.transport));
             of_case.insert("local".into(), local.clone());
             let case = Case {
                 bench: "clone",
@@ -99,7 +105,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             };
             let seed = options.seed.wrapping_add(u64::from(round));
             recorder.measure_case(&case, || {
-                measure::measure(&point, &options.scratch, options.samples(), seed)
+                measure::measure(&point, &options.scratch, options.transport, options.samples(), seed)
             })?;
         }
     }

@@ -45,9 +45,6 @@ enum Command {
     /// Serves a file from memory by FUSE and loop; `read` starts it.
     #[command(hide = true)]
     BareServer(bare::Options),
-    /// Serves a seed over a pattern; `clone` starts it.
-    #[command(hide = true)]
-    CloneServer(clone::ServerOptions),
     /// Serves a device without a pool until its input ends; prints the device's path first.
     #[command(hide = true)]
     ServeDevice(serve::Options),
@@ -88,7 +85,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Report(options) => report::run(&options),
         Command::SeedOnce(options) => seed::once(&options),
         Command::BareServer(options) => bare::run(&options),
-        Command::CloneServer(options) => clone::serve(&options),
         Command::ServeDevice(options) => serve::run(&options),
     }
 }

@@ -36,7 +36,7 @@ pub(crate) struct Section {
 }
 
 /// In the order of the report.
-const SECTIONS: &[Section] = &[crate::read::SECTION, generic::SECTION];
+const SECTIONS: &[Section] = &[crate::read::SECTION, crate::clone::SECTION, generic::SECTION];
 
 /// Runs the report.
 pub(crate) fn run(options: &Options) -> Result<()> {

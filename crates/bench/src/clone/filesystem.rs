@@ -16,9 +16,9 @@ use loam_sys::mount::{FsContext, MountFlags};
 use rustix::fs::{Mode, OFlags};
 
 use super::plan::Layout;
-use super::server::Server;
 use super::stock;
 use crate::process::Sandbox;
+use crate::serve::{self, Content, Server, Transport};
 
 /// Bytes of the local device, sparse.
 const LOCAL_BYTES: u64 = 64 << 30;
@@ -47,7 +47,7 @@ impl Image for Prefix {
 
 impl Filesystem {
     /// Formats in a directory below `scratch`, and mounts.
-    pub(super) fn make(layout: Layout, size: u64, scratch: &Path) -> Result<Self> {
+    pub(super) fn make(layout: Layout, size: u64, transport: Transport, scratch: &Path) -> Result<Self> {
         let sandbox = Sandbox::new(scratch)?;
         let (image, local) = (sandbox.path("virtual.img"), sandbox.path("local.img"));
         let device_size = match layout {
@@ -60,7 +60,15 @@ impl Filesystem {
             create(&local)?.set_len(LOCAL_BYTES)?;
         }
         let pattern_base = if layout == Layout::SmallExtents { 0 } else { VIRTUAL_BASE };
-        let server = Server::start(&image, device_size, pattern_base)?;
+        let content = Content::Seed { size: device_size, pattern_base, image };
+        let server = Server::start(&serve::Options {
+            transport,
+            content,
+            prefix: None,
+            virtual_size: None,
+            queues: None,
+            data_path: None,
+        })?;
         let local = FileAttachment::attach(&local, &FileOptions::default())?;
         let mut filesystem = Filesystem { mount: None, local, server, _sandbox: sandbox };
         if layout != Layout::Pair {

@@ -20,6 +20,7 @@ use super::percentile::{median, percentile};
 use super::plan::{CLONE_BYTES, Layout, Part, Point};
 use super::workers::{self, Tools, Work};
 use crate::record::{Metrics, interrupted};
+use crate::serve::Transport;
 
 /// Bytes of one overwrite and of one read.
 const BLOCK: u64 = 4096;
@@ -43,8 +44,15 @@ struct Sample {
 }
 
 /// Runs one case.
-pub(super) fn measure(point: &Point, scratch: &Path, samples: Samples, seed: u64) -> Result<Metrics> {
-    let mut filesystem = Filesystem::make(point.layout, point.size, scratch).context("cannot set up")?;
+pub(super) fn measure(
+    point: &Point,
+    scratch: &Path,
+    transport: Transport,
+    samples: Samples,
+    seed: u64,
+) -> Result<Metrics> {
+    let filesystem = Filesystem::make(point.layout, point.size, transport, scratch);
+    let mut filesystem = filesystem.context("cannot set up")?;
     let mut metrics = Metrics::new();
     create(point, &filesystem, &mut metrics)?;
     snapshot(&filesystem, samples.snapshots, &mut metrics)?;

@@ -19,6 +19,8 @@ use loam_content::{Cache, CacheOptions, FileSource, WholeSource};
 use loam_sys::map_file::MappedFile;
 use tokio::runtime::Handle;
 
+use crate::clone::SeedDevice;
+
 /// Chunks of the cached content, as a pool has them.
 const CHUNK_BYTES: u32 = 64 << 10;
 
@@ -33,13 +35,17 @@ pub(crate) enum Content {
     File { path: PathBuf, direct: bool },
     /// `cache:DIRECTORY,FILE`: what a pool does: all of FILE in a chunk cache, checked by its checksums.
     Cache { directory: PathBuf, file: PathBuf },
+    /// `seed:SIZE,BASE,IMAGE`: a device of SIZE bytes that IMAGE, a sparse file, has a few of; the others are a pattern
+    /// from BASE on.
+    Seed { size: u64, pattern_base: u64, image: PathBuf },
 }
 
 impl FromStr for Content {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let expected = "pattern:SIZE, memory:PATH, file:PATH[,direct] or cache:DIRECTORY,FILE";
+        let expected =
+            "pattern:SIZE, memory:PATH, file:PATH[,direct], cache:DIRECTORY,FILE or seed:SIZE,BASE,IMAGE";
         let (kind, rest) = text.split_once(':').with_context(|| format!("{text}: not {expected}"))?;
         Ok(match kind {
             "pattern" => Content::Pattern(rest.parse()?),
@@ -51,6 +57,12 @@ impl FromStr for Content {
             "cache" => {
                 let (directory, file) = rest.split_once(',').context("cache:DIRECTORY,FILE needs both")?;
                 Content::Cache { directory: PathBuf::from(directory), file: PathBuf::from(file) }
+            }
+            "seed" => {
+                let mut parts = rest.splitn(3, ',');
+                let mut part = || parts.next().context("seed:SIZE,BASE,IMAGE needs all three");
+                let (size, pattern_base) = (part()?.parse()?, part()?.parse()?);
+                Content::Seed { size, pattern_base, image: PathBuf::from(part()?) }
             }
             _ => bail!("{text}: not {expected}"),
         })
@@ -67,6 +79,9 @@ impl fmt::Display for Content {
             Content::Cache { directory, file } => {
                 write!(f, "cache:{},{}", directory.display(), file.display())
             }
+            Content::Seed { size, pattern_base, image } => {
+                write!(f, "seed:{size},{pattern_base},{}", image.display())
+            }
         }
     }
 }
@@ -81,6 +96,9 @@ impl Content {
                 Arc::new(FileDevice::open(path, FileOptions { read_only: true, direct: *direct })?)
             }
             Content::Cache { directory, file } => runtime.block_on(cached(directory, file))?,
+            Content::Seed { size, pattern_base, image } => {
+                Arc::new(SeedDevice::open(image, *size, *pattern_base)?)
+            }
         })
     }
 }
@@ -172,6 +190,9 @@ mod tests {
         assert_eq!(parse("file:/a,b"), Content::File { path: "/a,b".into(), direct: false });
         assert_eq!(parse("file:/a,direct"), Content::File { path: "/a".into(), direct: true });
         assert_eq!(parse("cache:/c,/f"), Content::Cache { directory: "/c".into(), file: "/f".into() });
+        let seed = Content::Seed { size: 4096, pattern_base: 512, image: "/i,j".into() };
+        assert_eq!(parse("seed:4096,512,/i,j"), seed);
+        assert_eq!(parse(&seed.to_string()), seed);
         assert!("disk:/a".parse::<Content>().is_err() && "cache:/c".parse::<Content>().is_err());
     }
 

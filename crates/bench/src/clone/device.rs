@@ -1,17 +1,11 @@
 //! The virtual device of this benchmark: a seed's own blocks from memory and a pattern for everything else, so that
-//! nothing but the transport costs anything and each byte that is read can be checked. Served by a process of its own, as
-//! a loam daemon is.
+//! nothing but the transport costs anything and each byte that is read can be checked.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Arc;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use loam_attach::holder::FdStore;
-use loam_attach::{AttachOptions, LoopTransport};
+use anyhow::{Context, Result, ensure};
 use loam_block::{
     BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, PatternDevice, WriteFlags,
     ZeroFlags, check_range, whole_device_as,
@@ -22,35 +16,8 @@ use rustix::io::Errno;
 /// The most bytes that a seed's own blocks may have: they are held in memory.
 const BLOCKS_MAX: u64 = 1 << 30;
 
-/// `loam bench clone-server`.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    /// The seed's image; its holes are served as zeroes or pattern.
-    image: PathBuf,
-    /// Bytes of the device.
-    #[arg(long)]
-    size: u64,
-    /// Where the pattern begins: 0 is at this byte of the device.
-    #[arg(long)]
-    pattern_base: u64,
-}
-
-/// Serves until standard input ends; prints the block device first.
-pub(crate) fn run(options: &Options) -> Result<()> {
-    let file = File::open(&options.image);
-    let file = file.with_context(|| format!("cannot open {}", options.image.display()))?;
-    let device = Arc::new(SeedDevice::load(&file, options.size, options.pattern_base)?);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let (store, attach) = (FdStore::none(), AttachOptions::default());
-    let mut attachment = LoopTransport::attach(device, runtime.handle().clone(), &attach, &store)?;
-    println!("{}", attachment.device_path().display());
-    std::io::stdout().flush()?;
-    std::io::stdin().read_to_end(&mut Vec::new())?;
-    Ok(attachment.detach(&store)?)
-}
-
 /// The data of a sparse file in memory, over a pattern.
-struct SeedDevice {
+pub(crate) struct SeedDevice {
     /// Where in the device, and which bytes; ascending.
     blocks: Vec<(u64, Vec<u8>)>,
     pattern: PatternDevice,
@@ -59,6 +26,13 @@ struct SeedDevice {
 }
 
 impl SeedDevice {
+    /// A device of `size` bytes: what the sparse file `image` has, and in its holes a pattern from the byte
+    /// `pattern_base` of the device on, which is where the pattern's 0 is.
+    pub(crate) fn open(image: &Path, size: u64, pattern_base: u64) -> Result<Self> {
+        let file = File::open(image).with_context(|| format!("cannot open {}", image.display()))?;
+        SeedDevice::load(&file, size, pattern_base)
+    }
+
     fn load(file: &File, size: u64, pattern_base: u64) -> Result<Self> {
         let (mut blocks, mut position, mut total) = (Vec::new(), 0, 0);
         loop {
@@ -136,46 +110,6 @@ impl BlockDevice for SeedDevice {
 
     fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
         Io::Ready(whole_device_as(&self.geometry, ExtentKind::Data, offset, length))
-    }
-}
-
-/// The server's process; it ends when dropped.
-pub(super) struct Server {
-    process: Child,
-    input: Option<ChildStdin>,
-    device: PathBuf,
-}
-
-impl Server {
-    /// Serves the image `image` as a device of `size` bytes.
-    pub(super) fn start(image: &Path, size: u64, pattern_base: u64) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe().context("this program's own path")?);
-        command.args(["bench", "clone-server", "--size", &size.to_string()]);
-        command.args(["--pattern-base", &pattern_base.to_string()]).arg(image);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = command.spawn().context("cannot start the server of the virtual device")?;
-        let input = process.stdin.take();
-        let output = process.stdout.take().context("a pipe was asked for")?;
-        let mut server = Server { process, input, device: PathBuf::new() };
-        let mut line = String::new();
-        BufReader::new(output).read_line(&mut line)?;
-        if line.trim_end().is_empty() {
-            bail!("the server of the virtual device did not start");
-        }
-        server.device = PathBuf::from(line.trim_end());
-        Ok(server)
-    }
-
-    /// Its block device.
-    pub(super) fn device(&self) -> &Path {
-        &self.device
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.input.take());
-        let _ = self.process.wait();
     }
 }
 
