@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+/// The most characters of what a failed command said.
+const SAID_MAX: usize = 1000;
+
 /// Runs a command to its end; anything but success is an error with what it said. Returns its output and its time.
 pub(crate) fn timed(command: &mut Command) -> Result<(String, Duration)> {
     let started = Instant::now();
@@ -17,8 +20,10 @@ pub(crate) fn timed(command: &mut Command) -> Result<(String, Duration)> {
     let output = output.with_context(|| format!("cannot start {name}: is it installed?"))?;
     if !output.status.success() {
         let arguments: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        bail!("`{name} {}` ended with {}: {}", arguments.join(" "), output.status, stderr.trim());
+        // fio says what went wrong on its standard output.
+        let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+        let said: String = String::from_utf8_lossy(said).trim().chars().take(SAID_MAX).collect();
+        bail!("`{name} {}` ended with {}: {said}", arguments.join(" "), output.status);
     }
     Ok((String::from_utf8_lossy(&output.stdout).trim_end().to_string(), elapsed))
 }

@@ -51,7 +51,7 @@ pub(crate) struct Options {
     /// Bytes that are read of each target [default: 256MiB; with --quick 64MiB]. Each copy of them takes memory.
     #[arg(long, value_name = "SIZE")]
     size: Option<ByteSize>,
-    /// Seconds of each measurement [default: 5; with --quick 1].
+    /// Seconds of each measurement [default: 2; with --quick 1].
     #[arg(long, value_name = "S", value_parser = seconds)]
     runtime: Option<f64>,
     /// The order of things follows from this.
@@ -124,7 +124,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let size = options.size.unwrap_or(ByteSize(if quick { 64 << 20 } else { 256 << 20 }));
     ensure!(size.0 > 0 && size.0.is_multiple_of(1 << 20), "--size {size}: has to be a multiple of 1 MiB");
     let plan = plan::plan(options.preset, quick, &options.lists, &options.workload, size);
-    let runtime = options.runtime.unwrap_or(if quick { 1.0 } else { 5.0 });
+    let runtime = options.runtime.unwrap_or(if quick { 1.0 } else { 2.0 });
     let rounds = options.common.rounds.unwrap_or(if quick { 2 } else { 5 });
     let recorder = Recorder::open(&options.common.out)?;
     let all = (0..rounds)
@@ -201,6 +201,20 @@ impl Bench {
         Ok(())
     }
 
+    /// Why a target cannot be read by a workload.
+    fn why_not(&self, target: &Target, workload: &Workload) -> Option<String> {
+        let kind = match target {
+            Target::Reference { kind, .. } => Some(*kind),
+            Target::Loam(_) => None,
+        };
+        match (workload.engine, kind) {
+            (Engine::Mmap, Some(Reference::Fuse)) => {
+                Some("a FUSE file that passes the page cache by takes no shared mapping".into())
+            }
+            (engine, _) => self.engines.get(&engine).cloned(),
+        }
+    }
+
     fn refuse(&mut self, target: &Target, workloads: &[Workload], round: u32, reason: &str) -> Result<()> {
         for workload in workloads {
             self.recorder.unavailable(&case(target, workload, round), reason)?;
@@ -226,7 +240,7 @@ impl Bench {
             check::whole(&attached.path, size, attached.expected).with_context(|| target.to_string())?;
         }
         for workload in workloads {
-            if let Some(reason) = self.engines.get(&workload.engine).cloned() {
+            if let Some(reason) = self.why_not(target, workload) {
                 self.refuse(target, &[*workload], round, &reason)?;
                 continue;
             }

@@ -124,8 +124,11 @@ pub(super) fn table(machine: &Machine<'_>) -> Option<Table> {
     let mut table = Table::new("Goals, the lost ones first", note, &columns);
     let mut rows: Vec<(Verdict, Vec<String>)> = Vec::new();
     for goal in GOALS {
-        for setting in goal.settings {
-            rows.push(row(machine, goal, setting));
+        let of_goal: Vec<_> = goal.settings.iter().map(|setting| row(machine, goal, setting)).collect();
+        if of_goal.iter().all(|(verdict, _)| *verdict == Verdict::Unmeasured) {
+            rows.push(row(machine, goal, "all workloads"));
+        } else {
+            rows.extend(of_goal);
         }
     }
     if rows.iter().all(|(verdict, _)| *verdict == Verdict::Unmeasured) {
