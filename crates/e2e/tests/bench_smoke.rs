@@ -38,7 +38,8 @@ fn reads_are_checked_measured_resumed_and_reported() {
     // Seven targets by three workloads, whether they can run here or not.
     assert_eq!(measured.lines().count(), 21, "{measured}");
     let ublk = Path::new("/dev/ublk-control").exists();
-    let fuse_is_not_mapped = |line: &str| line.contains("\"fuse\"") && line.contains("\"mmap\"");
+    let fuse_is_not_mapped =
+        |line: &str| line.contains("\"reference\":\"fuse\"") && line.contains("\"mmap\"");
     for line in measured.lines() {
         let expected = (ublk || !line.contains("\"transport\":\"ublk\"")) && !fuse_is_not_mapped(line);
         assert_eq!(line.contains("\"checked_reads\":2048"), expected, "{line}");

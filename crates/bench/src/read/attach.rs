@@ -174,9 +174,10 @@ fn loam(lab: &mut Lab, target: &LoamTarget) -> Result<Attached> {
         });
     }
     let local = OnLoop::attach(&local, false)?;
-    let member = format!("device={}", attached.path.display());
+    // Not by the option `device=`: older kernels open what it names for writing.
+    loam_sys::btrfs::scan_device(&attached.path)?;
     let directory = lab.mount_point();
-    let mounted = Mounted::mount("btrfs", &local.path(), &directory, &[&member], false)?;
+    let mounted = Mounted::mount("btrfs", &local.path(), &directory, &[], false)?;
     let mounted = mounted.with_member(&attached.path);
     attached.guards.keep(local);
     attached.guards.keep(mounted);
