@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
+use crc_fast::CrcAlgorithm;
 use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -81,7 +82,10 @@ fn blocks_of(offset: u64, length: u64) -> Range<u64> {
 pub(super) fn checksum(salt: u32, block: u64, bytes: &[u8]) -> u32 {
     // The block's number goes in as the initial value: a block that lies in a wrong place does not match. 0 says that
     // there is none, so a sum that is 0 is stored as 1.
-    crc32c::crc32c_append(salt ^ block as u32, bytes).max(1)
+    let begun = !(salt ^ block as u32);
+    let mut digest = crc_fast::Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, begun.into());
+    digest.update(bytes);
+    (digest.finalize() as u32).max(1)
 }
 
 impl Store {
@@ -459,5 +463,20 @@ impl Store {
         let page = Paged::<AtomicU8, STATE_PAGE>::page_of(chunk);
         let page = self.states.set(page, || Box::new(std::array::from_fn(|_| AtomicU8::new(0))));
         change(&page[(chunk % STATE_PAGE as u64) as usize])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sum_of_a_block_is_what_the_format_says() {
+        let block: Vec<u8> = (0..BLOCK as u32).map(|at| ((at * at) >> 7) as u8).collect();
+        for (salt, number) in [(0, 0), (77, 1), (u32::MAX, 5), (0x8765_4321, 1 << 31), (9, (1 << 32) + 3)] {
+            let expected = crc32c::crc32c_append(salt ^ number as u32, &block);
+            assert_eq!(checksum(salt, number, &block), expected, "salt {salt:#x}, block {number}");
+        }
+        assert_eq!((crc32c::crc32c(&[]), checksum(0, 0, &[])), (0, 1), "0 says that there is none");
     }
 }
