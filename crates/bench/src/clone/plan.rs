@@ -22,6 +22,9 @@ pub(super) const SMALL_EXTENT_BYTES: u64 = 256 << 20;
 /// sizes of the others.
 pub(super) const SMALL_EXTENTS_SIZE: u64 = 275 << 30;
 
+/// Bytes of the virtual region of [`Layout::MegaExtent`]: what one chunk may have, in whole TiB.
+pub(super) const MEGA_EXTENT_SIZE: u64 = KERNEL_CHUNK_MAX >> 40 << 40;
+
 /// How the virtual region is laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum)]
 pub(super) enum Layout {
@@ -40,7 +43,7 @@ impl Layout {
     pub(super) fn virtual_size(self, size: u64) -> u64 {
         match self {
             Layout::Pair | Layout::Single => size,
-            Layout::MegaExtent => size.min(KERNEL_CHUNK_MAX),
+            Layout::MegaExtent => size.min(MEGA_EXTENT_SIZE),
             Layout::SmallExtents => size.min(SMALL_EXTENTS_SIZE),
         }
     }

@@ -49,6 +49,15 @@ pub(super) struct Scheduled {
     pub(super) waiting: Duration,
 }
 
+impl Scheduled {
+    /// `None` where the kernel does not count: both are zero then.
+    fn since(self, before: Scheduled) -> Option<Scheduled> {
+        let running = self.running.saturating_sub(before.running);
+        let waiting = self.waiting.saturating_sub(before.waiting);
+        (!self.running.is_zero()).then_some(Scheduled { running, waiting })
+    }
+}
+
 /// What all threads came to.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Work {
@@ -133,10 +142,7 @@ impl Worker<'_> {
             self.made.fetch_add(1, Ordering::Relaxed);
         }
         let ended = Instant::now();
-        let scheduled = before.zip(scheduled()).map(|(before, after)| Scheduled {
-            running: after.running.saturating_sub(before.running),
-            waiting: after.waiting.saturating_sub(before.waiting),
-        });
+        let scheduled = before.zip(scheduled()).and_then(|(before, after)| after.since(before));
         Ok(Done { began, ended, steps, scheduled })
     }
 
@@ -175,13 +181,11 @@ fn scheduled() -> Option<Scheduled> {
     parse_schedstat(&std::fs::read_to_string("/proc/thread-self/schedstat").ok()?)
 }
 
-/// "running waiting timeslices", in nanoseconds (Documentation/scheduler/sched-stats.rst). All zero where the kernel does
-/// not count.
+/// "running waiting timeslices", in nanoseconds (Documentation/scheduler/sched-stats.rst).
 fn parse_schedstat(text: &str) -> Option<Scheduled> {
     let mut numbers = text.split_whitespace().map(str::parse);
-    let (running, waiting) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
-    (running > 0)
-        .then(|| Scheduled { running: Duration::from_nanos(running), waiting: Duration::from_nanos(waiting) })
+    let mut next = || Some(Duration::from_nanos(numbers.next()?.ok()?));
+    Some(Scheduled { running: next()?, waiting: next()? })
 }
 
 #[cfg(test)]
@@ -192,8 +196,11 @@ mod tests {
     fn the_scheduler_s_words() {
         let expected = Scheduled { running: Duration::from_nanos(111), waiting: Duration::from_nanos(22) };
         assert_eq!(parse_schedstat("111 22 3\n"), Some(expected));
-        assert_eq!(parse_schedstat("0 0 0"), None);
         assert_eq!(parse_schedstat("x"), None);
+        // A thread that has just begun has not been counted yet; a kernel that does not count never does.
+        let nothing = parse_schedstat("0 0 0").unwrap();
+        assert_eq!(expected.since(nothing), Some(expected));
+        assert_eq!(nothing.since(nothing), None);
     }
 
     #[test]
