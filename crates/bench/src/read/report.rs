@@ -12,7 +12,7 @@ use anyhow::Result;
 use super::fio::{PERCENTILES, percentile_metric};
 use crate::chart::{self, Curve, Stack};
 use crate::report::{Section, Table, escape, show};
-use model::{Cell, Machine};
+use model::{Cell, Machine, quantile_of, ratios};
 
 pub(crate) const SECTION: Section = Section {
     takes: |record| record.bench == "read" && !record.options.is_empty(),
@@ -37,6 +37,7 @@ fn text(machines: &[Machine<'_>]) -> String {
         }
         for setting in machine.settings() {
             text.push_str(&cells(machine, setting).text());
+            text.extend(to_references(machine, setting).iter().map(Table::text));
         }
     }
     text
@@ -51,6 +52,7 @@ fn html(machines: &[Machine<'_>]) -> Result<String> {
         }
         for setting in machine.settings() {
             page.push_str(&cells(machine, setting).html(3));
+            page.extend(to_references(machine, setting).iter().map(|table| table.html(4)));
             page.push_str(&charts(machine, setting)?);
         }
     }
@@ -103,6 +105,34 @@ fn cells(machine: &Machine<'_>, setting: &str) -> Table {
         table.rows.push(row);
     }
     table
+}
+
+/// Reads a second of loam's cells in parts of each reference's: devices beside devices, files beside files.
+fn to_references(machine: &Machine<'_>, setting: &str) -> Vec<Table> {
+    let cells = sorted(machine, setting);
+    let mut tables = Vec::new();
+    for (is_device, kind) in [(true, "devices"), (false, "files")] {
+        let of = |is_loam| {
+            cells.iter().filter(move |cell| cell.is_loam() == is_loam && cell.is_device() == is_device)
+        };
+        let references: Vec<&&Cell<'_>> = of(false).collect();
+        let columns: Vec<&str> = std::iter::once("").chain(references.iter().map(|cell| cell.case)).collect();
+        let title = format!("{setting}: {kind}, relative to");
+        let mut table = Table::new(title, "medians of the rounds' own ratios", &columns);
+        for cell in of(true) {
+            let ratio = |reference: &&&Cell<'_>| {
+                let ratio = quantile_of(&ratios(cell, reference, "iops"), 0.5);
+                ratio.map_or(String::new(), |ratio| format!("{ratio:.2}"))
+            };
+            table
+                .rows
+                .push(std::iter::once(machine.label(cell)).chain(references.iter().map(ratio)).collect());
+        }
+        if !table.rows.is_empty() && !references.is_empty() {
+            tables.push(table);
+        }
+    }
+    tables
 }
 
 fn charts(machine: &Machine<'_>, setting: &str) -> Result<String> {
