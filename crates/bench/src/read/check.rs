@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use loam_block::PatternDevice;
@@ -21,8 +22,10 @@ const BLOCK: usize = 4096;
 const PIECE: usize = 1 << 20;
 /// A file longer than this is read wholly only at its ends and where its quarters meet.
 const WHOLE_MAX: u64 = 2 << 30;
-/// Reads of one check before a run, and the most that are under way.
+/// Reads of one check before a run, how long it takes at most (each reader makes one in any case), and the most that are
+/// under way.
 const SAMPLES: u32 = 2048;
+const SAMPLING_MAX: Duration = Duration::from_millis(500);
 const UNDER_WAY_MAX: u32 = 64;
 
 /// What the bytes have to be.
@@ -117,12 +120,15 @@ pub(super) fn sample(
         return mapped(path, size, expected, seed);
     }
     let threads = (workload.jobs * workload.depth).clamp(1, UNDER_WAY_MAX);
-    let each = SAMPLES / threads;
+    let started = Instant::now();
     let read = |thread: u32| {
         let mut random = StdRng::seed_from_u64(seed ^ u64::from(thread) << 32);
         let file = open(path, workload.direct)?;
         let mut block = Aligned::new(BLOCK);
-        for _ in 0..each {
+        for done in 0..SAMPLES / threads {
+            if done > 0 && started.elapsed() > SAMPLING_MAX {
+                return Ok(done);
+            }
             let offset = random.random_range(0..size / BLOCK as u64) * BLOCK as u64;
             let buffer = block.get();
             buffer.fill(0xA5);
@@ -130,15 +136,13 @@ pub(super) fn sample(
             read.with_context(|| format!("{}: byte {offset}", path.display()))?;
             expected.check(offset, buffer).map_err(|error| wrong(path, error))?;
         }
-        Ok(())
+        Ok(SAMPLES / threads)
     };
     thread::scope(|scope| {
         let readers: Vec<_> = (0..threads).map(|thread| scope.spawn(move || read(thread))).collect();
-        readers
-            .into_iter()
-            .try_for_each(|reader| reader.join().unwrap_or_else(|_| Err(anyhow!("a reader panicked"))))
-    })?;
-    Ok(threads * each)
+        let joined = readers.into_iter().map(|reader| reader.join());
+        joined.map(|done| done.unwrap_or_else(|_| Err(anyhow!("a reader panicked")))).sum()
+    })
 }
 
 fn mapped(path: &Path, size: u64, expected: Expected, seed: u64) -> Result<u32> {
