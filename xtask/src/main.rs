@@ -9,6 +9,7 @@ mod nginx;
 mod setup;
 mod shell;
 mod test;
+mod test_vm;
 mod tidy;
 mod vm;
 
@@ -20,8 +21,9 @@ const USAGE: &str = "\
 Usage: cargo xtask TASK [OPTIONS]
 
   setup                    install what the tests and the demo need (Debian, root)
-  test [--unit|--e2e] [--release] [FILTER...]
-                           format, lints, docs, tidy, unit tests, then the end-to-end tests (root)
+  test [--unit|--e2e|--vm] [--kernel 6.12|7.2] [--release] [FILTER...]
+                           format, lints, docs, tidy, unit tests, then the end-to-end tests (root): on this
+                           machine's kernel, and in virtual machines with stock kernels (only there: --vm)
   demo [--quick]           everything a user gets, on a real image (root); --quick: a busybox image
   image                    only make the demo's image, and print its path (root)
   bench [--quick] [--rounds=N] [start|seed|read]...

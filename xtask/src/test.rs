@@ -1,34 +1,51 @@
 //! `cargo xtask test`: everything a change has to pass, cheapest first. The end-to-end tests drive the real binary on
-//! the real kernel and need root; asked for without root they fail, they are never skipped in silence.
+//! the real kernel and need root; asked for without root they fail, they are never skipped in silence. They run here, and
+//! again in virtual machines with other kernels.
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::shell::{cargo, describe, is_root, status, target};
-use crate::{setup, tidy};
+use crate::vm::Version;
+use crate::{setup, test_vm, tidy};
 
 struct Options {
     unit: bool,
-    e2e: bool,
+    /// The end-to-end tests on this machine's own kernel.
+    host: bool,
+    /// And those in virtual machines, with these kernels.
+    kernels: Vec<Version>,
     release: bool,
     filters: Vec<String>,
 }
 
 fn parse(arguments: &[String]) -> Result<Options> {
-    let mut options = Options { unit: true, e2e: true, release: false, filters: Vec::new() };
-    for argument in arguments {
+    let mut chosen: Vec<&str> = Vec::new();
+    let mut options = Options {
+        unit: true,
+        host: true,
+        kernels: Version::ALL.to_vec(),
+        release: false,
+        filters: Vec::new(),
+    };
+    let mut words = arguments.iter();
+    while let Some(argument) = words.next() {
         match argument.as_str() {
-            "--unit" => options.e2e = false,
-            "--e2e" => options.unit = false,
+            part @ ("--unit" | "--e2e" | "--vm") => chosen.push(part),
+            "--kernel" => options.kernels = vec![words.next().context("--kernel what?")?.parse()?],
             "--release" => options.release = true,
             option if option.starts_with('-') => bail!("unknown option '{option}'"),
             filter => options.filters.push(filter.to_string()),
         }
     }
-    if !options.unit && !options.e2e {
-        bail!("--unit and --e2e exclude each other");
+    match chosen[..] {
+        [] => {}
+        ["--unit"] => (options.host, options.kernels) = (false, Vec::new()),
+        ["--e2e"] => (options.unit, options.kernels) = (false, Vec::new()),
+        ["--vm"] => (options.unit, options.host) = (false, false),
+        _ => bail!("--unit, --e2e and --vm exclude each other"),
     }
     Ok(options)
 }
@@ -70,25 +87,31 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
     if options.unit && filters.is_empty() && tidy::report() > 0 {
         return Ok(ExitCode::FAILURE);
     }
-    if options.e2e { end_to_end(&options, &filters, started) } else { Ok(ExitCode::SUCCESS) }
-}
-
-fn end_to_end(options: &Options, filters: &[&str], started: Instant) -> Result<ExitCode> {
-    if !is_root() {
+    if (options.host || !options.kernels.is_empty()) && !is_root() {
         bail!(
             "the end-to-end tests attach loop devices and mount: run as root, or `cargo xtask test --unit`"
         );
     }
+    if options.host
+        && let Some(code) = end_to_end(&options, &filters, started)?
+    {
+        return Ok(code);
+    }
+    let code = test_vm::run_tests(&options.kernels, &filters, started)?;
+    eprintln!("test: [{:>4.0} s] done", started.elapsed().as_secs_f64());
+    Ok(ExitCode::from(code))
+}
+
+fn end_to_end(options: &Options, filters: &[&str], started: Instant) -> Result<Option<ExitCode>> {
     let (profile, directory) = if options.release { ("release", "release") } else { ("dev", "debug") };
     let build = ["build", "-q", "--profile", profile, "--package", "loam"];
     if let Some(code) = step("the binary", &build, started, &[])? {
-        return Ok(code);
+        return Ok(Some(code));
     }
     let binary = target().join(directory).join("loam").to_string_lossy().into_owned();
     let mut nextest = vec!["nextest", "run", "--package", "loam-e2e", "--no-tests=pass", "--no-fail-fast"];
     nextest.extend(filters);
-    let code = step("end-to-end tests", &nextest, started, &[("LOAM_BIN", &binary)])?;
-    Ok(code.unwrap_or(ExitCode::SUCCESS))
+    step("end-to-end tests", &nextest, started, &[("LOAM_BIN", &binary)])
 }
 
 /// Runs one cargo command; `Some` with its exit code if it failed.

@@ -90,12 +90,14 @@ impl Outcome {
     }
 }
 
-/// The binary with a pool directory, a mount point and a scratch directory of its own.
+/// The binary with a pool directory, a mount point and a scratch directory of its own. The transport is what
+/// `LOAM_TRANSPORT` says (the binary reads it too), else what the binary takes by itself.
 pub struct Loam {
     directory: TempDir,
     pool: PathBuf,
     lazy_mounts: Mutex<Vec<PathBuf>>,
     devices: Mutex<Vec<leaks::Attached>>,
+    ublk: leaks::UblkWatch,
 }
 
 impl Loam {
@@ -105,7 +107,8 @@ impl Loam {
         let directory =
             tempfile::Builder::new().prefix("loam-e2e-").tempdir().expect("a temporary directory");
         let pool = directory.path().join("pool");
-        Loam { directory, pool, lazy_mounts: Mutex::default(), devices: Mutex::default() }
+        let ublk = leaks::UblkWatch::begin();
+        Loam { directory, pool, lazy_mounts: Mutex::default(), devices: Mutex::default(), ublk }
     }
 
     /// A pool that is formatted and up.
@@ -203,7 +206,7 @@ impl Loam {
         wait_until("the killed daemon is gone", Duration::from_secs(5), || !leaks::is_running(pid));
     }
 
-    /// Makes the leak check of this pool look at the loop device that `status` names now.
+    /// Makes the leak check of this pool look at the device that `status` names now.
     pub fn remember_device(&self) {
         let status = self.status();
         if let Some(device) = status["device"].as_str() {
@@ -229,7 +232,7 @@ impl Loam {
             }
         }
         let attached = self.devices.lock().unwrap();
-        problems.extend(leaks::find(self.directory.path(), &attached));
+        problems.extend(leaks::find(self.directory.path(), &attached, &self.ublk));
         problems
     }
 }

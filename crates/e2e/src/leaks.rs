@@ -1,8 +1,10 @@
-//! What a test may leave behind: mounts, loop devices, processes. Found through /proc and /sys alone, so that nothing
-//! of the code under test is asked about itself.
+//! What a test may leave behind: mounts, loop and ublk devices, processes. Found through /proc and /sys alone, so that
+//! nothing of the code under test is asked about itself.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::harness::kill;
@@ -10,20 +12,25 @@ use crate::harness::kill;
 /// Loop devices with autoclear and daemons that were told to end take a moment.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// A loop device as it was attached: the number alone may have been given to somebody else since.
+/// A device as it was attached: the number alone may have been given to somebody else since.
 #[derive(Debug)]
 pub(crate) struct Attached {
     device: String,
-    backing: String,
+    /// The file behind a loop device.
+    backing: Option<String>,
+    /// The kernel counts devices, never twice the same.
     sequence: String,
 }
 
 impl Attached {
-    /// What stands behind `device` (`/dev/loopN`) now; `None` if it is not a loop device.
+    /// What stands behind `device` (`/dev/loopN`, `/dev/ublkbN`) now; `None` if nothing does.
     pub(crate) fn of(device: &Path) -> Option<Attached> {
         let name = device.file_name()?.to_str()?.to_string();
-        let backing = read(&format!("/sys/block/{name}/loop/backing_file"))?;
-        let sequence = read(&format!("/sys/block/{name}/diskseq")).unwrap_or_default();
+        let backing = read(&format!("/sys/block/{name}/loop/backing_file"));
+        if backing.is_none() && !name.starts_with("ublkb") {
+            return None;
+        }
+        let sequence = read(&format!("/sys/block/{name}/diskseq"))?;
         Some(Attached { device: name, backing, sequence })
     }
 
@@ -33,12 +40,67 @@ impl Attached {
     }
 }
 
+/// A ublk device, which exists from its making to its removal whether or not anybody serves it. Nothing in /sys tells
+/// whose it is; the inode of its folder there tells it from another one that has the number later.
+#[derive(Debug, PartialEq, Eq)]
+struct Ublk {
+    name: String,
+    inode: u64,
+}
+
+impl Ublk {
+    fn all() -> Vec<Ublk> {
+        let entries = fs::read_dir("/sys/class/ublk-char").into_iter().flatten().flatten();
+        let found = entries.filter_map(|entry| {
+            let inode = fs::metadata(entry.path()).ok()?.ino();
+            Some(Ublk { name: entry.file_name().to_string_lossy().into_owned(), inode })
+        });
+        found.collect()
+    }
+}
+
+/// Those who watch ublk devices in this process (a test has a process of its own, and tests take turns), and the
+/// devices that were there before the first of them.
+static WATCH: Mutex<(usize, Vec<Ublk>)> = Mutex::new((0, Vec::new()));
+
+/// From its making on, ublk devices that appear are the test's: when the last watch of a process ends, they are to be
+/// gone.
+#[derive(Debug)]
+pub(crate) struct UblkWatch(());
+
+impl UblkWatch {
+    /// Begins to watch.
+    pub(crate) fn begin() -> UblkWatch {
+        let mut watch = WATCH.lock().unwrap();
+        if watch.0 == 0 {
+            watch.1 = Ublk::all();
+        }
+        watch.0 += 1;
+        UblkWatch(())
+    }
+
+    /// Devices that have appeared, where nobody else of this process may have made them.
+    fn appeared(&self) -> Vec<Ublk> {
+        let watch = WATCH.lock().unwrap();
+        if watch.0 > 1 {
+            return Vec::new();
+        }
+        Ublk::all().into_iter().filter(|device| !watch.1.contains(device)).collect()
+    }
+}
+
+impl Drop for UblkWatch {
+    fn drop(&mut self) {
+        WATCH.lock().unwrap().0 -= 1;
+    }
+}
+
 fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_string())
 }
 
 /// Everything under `directory` that is still mounted, attached or running after a short wait.
-pub(crate) fn find(directory: &Path, attached: &[Attached]) -> Vec<String> {
+pub(crate) fn find(directory: &Path, attached: &[Attached], watch: &UblkWatch) -> Vec<String> {
     let deadline = Instant::now() + SETTLE;
     loop {
         let mut left: Vec<String> =
@@ -51,6 +113,7 @@ pub(crate) fn find(directory: &Path, attached: &[Attached]) -> Vec<String> {
                 .filter(|device| device.is_attached())
                 .map(|device| format!("attached: {device:?}")),
         );
+        left.extend(watch.appeared().iter().map(|device| format!("attached: {device:?}")));
         if left.is_empty() || Instant::now() > deadline {
             return left;
         }

@@ -2,9 +2,9 @@
 //! at the test's command ([`FileServer`]), trees and tars ([`tarball`]), and a comparison of two trees that looks at
 //! everything a filesystem keeps ([`compare`]).
 //!
-//! The tests need root, btrfs, loop devices and FUSE. Without root they fail; they are never skipped. What a test
-//! attaches or mounts is gone when it ends: [`Loam`]'s drop looks for mounts, loop devices and processes left behind
-//! and fails the test that left them.
+//! The tests need root, btrfs, loop devices and FUSE, some of them ublk. Without root they fail; they are never skipped.
+//! What a test attaches or mounts is gone when it ends: [`Loam`]'s drop looks for mounts, loop and ublk devices and
+//! processes left behind and fails the test that left them.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test's tools fail by panicking")]
 
