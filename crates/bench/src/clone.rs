@@ -19,6 +19,7 @@ use loam_block::size::ByteSize;
 use crate::Common;
 use crate::record::{Case, Recorder};
 use crate::serve::Transport;
+use filesystem::Place;
 use measure::Samples;
 use plan::{Arrangement, Layout, Matrix, THREADS_MAX};
 
@@ -46,6 +47,9 @@ pub(crate) struct Options {
     /// Bytes of the virtual region, where the layout can have them.
     #[arg(long, value_name = "SIZE", default_value = "4EiB")]
     virtual_size: ByteSize,
+    /// Options of btrfs, as in fstab.
+    #[arg(long, value_name = "OPTION,...", value_delimiter = ',')]
+    mount_options: Vec<String>,
     /// Decides the order of cases and which files are sampled.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -89,13 +93,21 @@ impl Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let matrix = options.matrix();
     ensure!(rustix::process::geteuid().is_root(), "cloning mounts filesystems: run it as root");
+    let place = Place {
+        scratch: options.scratch.clone(),
+        transport: options.transport,
+        mount_options: options.mount_options.clone(),
+    };
     let local = filesystem_kind(&options.scratch)?;
     let mut recorder = Recorder::open(&options.common.out)?;
     for round in 0..options.common.rounds() {
         for point in matrix.shuffled(options.seed, round) {
             let mut of_case = point.options();
-            of_case.insert("transport".into(), plan::name(options.transport));
+            of_case.insert("transport".into(), plan::name(place.transport));
             of_case.insert("local".into(), local.clone());
+            if !place.mount_options.is_empty() {
+                of_case.insert("mount_options".into(), place.mount_options.join(","));
+            }
             let case = Case {
                 bench: "clone",
                 setting: format!("{} clones", point.count),
@@ -104,9 +116,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 options: of_case,
             };
             let seed = options.seed.wrapping_add(u64::from(round));
-            recorder.measure_case(&case, || {
-                measure::measure(&point, &options.scratch, options.transport, options.samples(), seed)
-            })?;
+            recorder.measure_case(&case, || measure::measure(&point, &place, options.samples(), seed))?;
         }
     }
     Ok(())

@@ -23,9 +23,21 @@ use crate::serve::{self, Content, Server, Transport};
 /// Bytes of the local device, sparse.
 const LOCAL_BYTES: u64 = 64 << 30;
 
+/// What all filesystems of a run have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    /// The images lie below it.
+    pub(super) scratch: PathBuf,
+    /// How the kernel gets the virtual device.
+    pub(super) transport: Transport,
+    /// Of btrfs, as in fstab.
+    pub(super) mount_options: Vec<String>,
+}
+
 /// A mounted filesystem whose data is on the virtual device.
 pub(super) struct Filesystem {
     mount: Option<OwnedFd>,
+    options: Vec<String>,
     local: FileAttachment,
     server: Server,
     // Last: the images lie in it.
@@ -46,9 +58,9 @@ impl Image for Prefix {
 }
 
 impl Filesystem {
-    /// Formats in a directory below `scratch`, and mounts.
-    pub(super) fn make(layout: Layout, size: u64, transport: Transport, scratch: &Path) -> Result<Self> {
-        let sandbox = Sandbox::new(scratch)?;
+    /// Formats, and mounts.
+    pub(super) fn make(layout: Layout, size: u64, place: &Place) -> Result<Self> {
+        let sandbox = Sandbox::new(&place.scratch)?;
         let (image, local) = (sandbox.path("virtual.img"), sandbox.path("local.img"));
         let device_size = match layout {
             Layout::Pair => format(loam_seed::Layout::Pair, size, &image, Some(&local))?,
@@ -62,7 +74,7 @@ impl Filesystem {
         let pattern_base = if layout == Layout::SmallExtents { 0 } else { VIRTUAL_BASE };
         let content = Content::Seed { size: device_size, pattern_base, image };
         let server = Server::start(&serve::Options {
-            transport,
+            transport: place.transport,
             content,
             prefix: None,
             virtual_size: None,
@@ -70,7 +82,13 @@ impl Filesystem {
             data_path: None,
         })?;
         let local = FileAttachment::attach(&local, &FileOptions::default())?;
-        let mut filesystem = Filesystem { mount: None, local, server, _sandbox: sandbox };
+        let mut filesystem = Filesystem {
+            mount: None,
+            options: place.mount_options.clone(),
+            local,
+            server,
+            _sandbox: sandbox,
+        };
         if layout != Layout::Pair {
             filesystem.sprout()?;
         }
@@ -88,7 +106,8 @@ impl Filesystem {
     /// Mounts it; returns how long the kernel took.
     fn mount(&mut self) -> Result<Duration> {
         let started = Instant::now();
-        self.mount = Some(mount(&self.local.device_path(), Some(self.server.device()), &[])?);
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        self.mount = Some(mount(&self.local.device_path(), Some(self.server.device()), &options)?);
         Ok(started.elapsed())
     }
 

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,12 +14,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustix::fs::{Advice, Mode, OFlags};
 
-use super::filesystem::Filesystem;
+use super::filesystem::{Filesystem, Place};
 use super::percentile::{median, percentile};
 use super::plan::{CLONE_BYTES, Layout, Part, Point};
 use super::workers::{self, Tools, Work};
 use crate::record::{Metrics, interrupted};
-use crate::serve::Transport;
 
 /// Bytes of one overwrite and of one read.
 const BLOCK: u64 = 4096;
@@ -44,15 +42,8 @@ struct Sample {
 }
 
 /// Runs one case.
-pub(super) fn measure(
-    point: &Point,
-    scratch: &Path,
-    transport: Transport,
-    samples: Samples,
-    seed: u64,
-) -> Result<Metrics> {
-    let filesystem = Filesystem::make(point.layout, point.size, transport, scratch);
-    let mut filesystem = filesystem.context("cannot set up")?;
+pub(super) fn measure(point: &Point, place: &Place, samples: Samples, seed: u64) -> Result<Metrics> {
+    let mut filesystem = Filesystem::make(point.layout, point.size, place).context("cannot set up")?;
     let mut metrics = Metrics::new();
     create(point, &filesystem, &mut metrics)?;
     snapshot(&filesystem, samples.snapshots, &mut metrics)?;

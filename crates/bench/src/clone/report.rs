@@ -62,6 +62,7 @@ struct Cell<'a> {
     layout: &'a str,
     size: &'a str,
     arrangement: &'a str,
+    mount_options: &'a str,
     threads: u32,
     count: u64,
     rounds: BTreeMap<u32, &'a Metrics>,
@@ -101,6 +102,7 @@ impl<'a> Machine<'a> {
                 layout: option("layout"),
                 size: option("virtual_size"),
                 arrangement: option("arrangement"),
+                mount_options: option("mount_options"),
                 threads: option("threads").parse().unwrap_or(0),
                 count: option("clones").parse().unwrap_or(0),
                 rounds: BTreeMap::new(),
@@ -125,18 +127,19 @@ impl<'a> Machine<'a> {
         counts
     }
 
-    /// The cell of a case at a number of clones; of several sizes the one of the most rounds.
+    /// The cell of a case at a number of clones, without mount options; of several sizes the one of the most rounds.
     fn cell(&self, Is(layout, threads, arrangement): Is, count: u64) -> Option<&Cell<'a>> {
         let is = |cell: &&Cell<'_>| {
             (cell.layout, cell.threads, cell.arrangement, cell.count) == (layout, threads, arrangement, count)
+                && cell.mount_options.is_empty()
         };
         self.cells.iter().filter(is).max_by_key(|cell| cell.rounds.len())
     }
 }
 
 impl Cell<'_> {
-    fn key(&self) -> (u64, &str, u32, &str, &str) {
-        (self.count, self.layout, self.threads, self.arrangement, self.size)
+    fn key(&self) -> (u64, &str, u32, &str, &str, &str) {
+        (self.count, self.layout, self.threads, self.arrangement, self.mount_options, self.size)
     }
 
     fn spread(&self, metric: &str) -> Option<Spread> {
@@ -157,7 +160,11 @@ impl Cell<'_> {
 
     fn name(&self) -> String {
         let threads = if self.threads == 1 { "thread" } else { "threads" };
-        format!("{} {}, {} {threads}, {}", self.layout, self.size, self.threads, self.arrangement)
+        let options = if self.mount_options.is_empty() { "" } else { ", " };
+        format!(
+            "{} {}, {} {threads}, {}{options}{}",
+            self.layout, self.size, self.threads, self.arrangement, self.mount_options
+        )
     }
 
     /// What `running_us` and its like do not say themselves.
