@@ -63,7 +63,7 @@ pub(crate) struct Options {
     /// A tmpfs.
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     memory: PathBuf,
-    /// Say what would be measured, and how long it takes, and measure nothing.
+    /// Say what would be measured by an empty results file, and how long it takes, and measure nothing.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -126,19 +126,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let plan = plan::plan(options.preset, quick, &options.lists, &options.workload, size);
     let runtime = options.runtime.unwrap_or(if quick { 1.0 } else { 2.0 });
     let rounds = options.common.rounds.unwrap_or(if quick { 2 } else { 5 });
-    let recorder = Recorder::open(&options.common.out)?;
-    let all = (0..rounds)
-        .map(|round| pending(&plan, &recorder, round).iter().map(|p| p.1.len()).sum::<usize>())
-        .sum();
-    let estimate = (all as f64 * (runtime + OVERHEAD) / 60.0).ceil();
-    eprintln!("{} cells, {rounds} rounds: {all} runs to do, about {estimate} min", plan.cells());
+    let announce = |runs: usize| {
+        let minutes = (runs as f64 * (runtime + OVERHEAD) / 60.0).ceil();
+        eprintln!("{} cells, {rounds} rounds: {runs} runs to do, about {minutes} min", plan.cells());
+    };
     if options.dry_run {
+        announce(plan.cells() * rounds as usize);
         for (target, workloads) in &plan.0 {
             let workloads: Vec<String> = workloads.iter().map(Workload::to_string).collect();
             println!("{target}: {}", workloads.join("; "));
         }
         return Ok(());
     }
+    let recorder = Recorder::open(&options.common.out)?;
+    let of_round = |round| pending(&plan, &recorder, round).iter().map(|p| p.1.len()).sum::<usize>();
+    let all = (0..rounds).map(of_round).sum();
+    announce(all);
     ensure!(rustix::process::geteuid().is_root(), "this mounts and attaches devices: run it as root");
     let mut bench = Bench {
         lab: Lab::new(&options.memory, &options.scratch, size.0)?,

@@ -1,7 +1,11 @@
 //! Who used the processors during a run: the servers, the readers, and everybody else, which is the kernel's own threads
-//! when nothing else runs on the machine. Servers and the machine from /proc, in clock ticks.
+//! when nothing else runs on the machine. Servers and the machine from /proc.
+//!
+//! The kernel counts a processor's busy time by sampling at clock ticks, but idle time and a process's time exactly; so
+//! what is busy is taken as what is not idle, or the parts would not fit the whole.
 
 use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
@@ -27,13 +31,25 @@ impl Times {
 }
 
 /// A look at the clocks.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Snapshot {
-    /// Of the servers, all their threads.
+    taken: Instant,
+    servers: Times,
+    /// Of children of this process that have ended.
+    children: Times,
+    machine: Idle,
+}
+
+/// What was used between two looks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Used {
+    /// Seconds that went by.
+    pub(super) elapsed: f64,
+    /// By the servers, all their threads.
     pub(super) servers: Times,
-    /// Of children of this process that have ended: of fio, when it is one look later.
+    /// By children that ended meanwhile: by fio, its start and end included.
     pub(super) children: Times,
-    /// Of all processors, idle time aside.
+    /// By everybody.
     pub(super) machine: f64,
 }
 
@@ -49,19 +65,24 @@ impl Snapshot {
         let own = fs::read_to_string("/proc/self/stat")?;
         let children = times(&own, 2, tick).context("/proc/self/stat is not understood")?;
         let stat = fs::read_to_string("/proc/stat")?;
-        let machine = busy_ticks(&stat).context("/proc/stat is not understood")? * tick;
-        Ok(Snapshot { servers: all, children, machine })
+        let machine = idle(&stat, tick).context("/proc/stat is not understood")?;
+        Ok(Snapshot { taken: Instant::now(), servers: all, children, machine })
     }
 
     /// What was used since `before`.
-    pub(super) fn since(self, before: Snapshot) -> Snapshot {
-        Snapshot {
+    pub(super) fn since(self, before: Snapshot) -> Used {
+        let elapsed = self.taken.duration_since(before.taken).as_secs_f64();
+        let idle = self.machine.seconds - before.machine.seconds;
+        Used {
+            elapsed,
             servers: self.servers.minus(before.servers),
             children: self.children.minus(before.children),
-            machine: (self.machine - before.machine).max(0.0),
+            machine: (elapsed * self.machine.processors as f64 - idle).max(0.0),
         }
     }
+}
 
+impl Used {
     /// What neither servers nor children used.
     pub(super) fn rest(&self) -> f64 {
         (self.machine - self.servers.total() - self.children.total()).max(0.0)
@@ -76,12 +97,23 @@ fn times(stat: &str, skip: usize, tick: f64) -> Option<Times> {
     Some(Times { user: next()? * tick, system: next()? * tick })
 }
 
-/// All but idle and waiting for I/O, of the line of all processors; guests' time is in user's already (proc_stat(5)).
-fn busy_ticks(stat: &str) -> Option<f64> {
+/// Time that processors had nothing to do, or that the machine below gave to others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Idle {
+    /// Of all processors together.
+    seconds: f64,
+    processors: usize,
+}
+
+/// Idle, waiting for I/O and stolen, of the line of all processors (proc_stat(5)).
+fn idle(stat: &str, tick: f64) -> Option<Idle> {
     let line = stat.lines().next()?.strip_prefix("cpu ")?;
     let ticks: Vec<f64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    let idle = ticks.get(3)? + ticks.get(4)?;
-    Some(ticks.iter().take(8).sum::<f64>() - idle)
+    let one = |line: &&str| {
+        line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let processors = stat.lines().filter(one).count();
+    Some(Idle { seconds: (ticks.get(3)? + ticks.get(4)? + ticks.get(7)?) * tick, processors })
 }
 
 #[cfg(test)]
@@ -94,7 +126,17 @@ mod tests {
         assert_eq!(times(stat, 0, 0.01), Some(Times { user: 0.1, system: 0.2 }));
         assert_eq!(times(stat, 2, 0.01), Some(Times { user: 0.3, system: 0.4 }));
         assert_eq!(times("7 (a) S", 0, 0.01), None);
-        assert_eq!(busy_ticks("cpu  1 2 3 100 50 4 5 6 1 1\ncpu0 9\n"), Some(21.0));
-        assert!(Snapshot::take(&[std::process::id(), 0]).unwrap().machine > 0.0);
+        let stat = "cpu  1 2 3 100 50 4 5 6 1 1\ncpu0 9\ncpu1 9\nintr 5\n";
+        assert_eq!(idle(stat, 0.01), Some(Idle { seconds: 1.56, processors: 2 }));
+    }
+
+    #[test]
+    fn what_is_used_is_found() {
+        let before = Snapshot::take(&[std::process::id(), 0]).unwrap();
+        let started = Instant::now();
+        while started.elapsed().as_millis() < 300 {}
+        let used = Snapshot::take(&[std::process::id(), 0]).unwrap().since(before);
+        assert!(used.elapsed >= 0.3 && used.servers.total() > 0.02 && used.machine > 0.02, "{used:?}");
+        assert!(used.rest() <= used.machine);
     }
 }

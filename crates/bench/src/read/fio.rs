@@ -52,19 +52,18 @@ pub(super) fn measure(subject: &Subject<'_>, workload: &Workload, seconds: f64) 
         .arg(format!("--size={}", subject.size))
         .arg(format!("--filename={}", subject.path.display()));
     let before = Snapshot::take(subject.servers)?;
-    let (text, elapsed) = timed(&mut command)?;
+    let (text, _) = timed(&mut command)?;
     let used = Snapshot::take(subject.servers)?.since(before);
     let mut metrics = parse(&text)?;
     let reads = metrics.get("reads").copied().unwrap_or_default();
     ensure!(reads > 0.0, "fio read nothing");
     // fio's own start and end lie in these too, which take less than a tenth of a second of one processor.
-    let elapsed = elapsed.as_secs_f64();
     for (name, busy) in [
         ("server_user_cores", used.servers.user),
         ("server_system_cores", used.servers.system),
         ("kernel_cores", used.rest()),
     ] {
-        metrics.insert(name.into(), busy / elapsed);
+        metrics.insert(name.into(), busy / used.elapsed);
     }
     metrics.insert("cpu_us_per_read".into(), used.machine * 1e6 / reads);
     metrics.insert("server_cpu_us_per_read".into(), used.servers.total() * 1e6 / reads);
