@@ -94,6 +94,15 @@ pub fn remove(state: &SavedState) -> Result<bool> {
     device::remove(control, state)
 }
 
+/// What a process left that died while it attached with [`Options::id`]: enough to [`remove`] it.
+///
+/// # Errors
+/// [`Error::Unavailable`] without ublk.
+pub fn lost(id: u64) -> Result<Option<SavedState>> {
+    let (control, _) = device::open()?;
+    device::find_by_id(control, id)
+}
+
 /// A device that is attached and being served.
 ///
 /// Dropping it changes nothing: the device is served until the process ends, and can be taken over then.

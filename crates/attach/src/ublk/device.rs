@@ -65,6 +65,19 @@ pub(super) fn find(control: &mut Control, state: &SavedState) -> Result<Option<D
     Ok(control.info(state.number)?.filter(|info| info.server_data == state.id))
 }
 
+/// The device that was made as `id`, whatever its number.
+pub(super) fn find_by_id(mut control: Control, id: u64) -> Result<Option<SavedState>> {
+    // Absent when there has been no device since the driver was loaded.
+    let entries = std::fs::read_dir("/sys/class/ublk-char").into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    for number in names.filter_map(|name| name.strip_prefix("ublkc")?.parse().ok()) {
+        if let Some(info) = control.info(number)?.filter(|info| info.server_data == id) {
+            return Ok(Some(Device::new(control, &info, 0)?.state().clone()));
+        }
+    }
+    Ok(None)
+}
+
 /// Removes what is left of an attachment, unless it is in use.
 pub(super) fn remove(mut control: Control, state: &SavedState) -> Result<bool> {
     let Some(info) = find(&mut control, state)? else { return Ok(false) };
@@ -112,7 +125,7 @@ impl Device {
             number: u32::MAX,
             server_pid: pid(),
             flags: wanted | data_path.flags(),
-            server_data: new_id(),
+            server_data: options.id.unwrap_or_else(new_id),
             ..DeviceInfo::default()
         };
         control.add(&mut info)?;

@@ -18,6 +18,9 @@ const DEPTH_MAX: u16 = 1024;
 /// How a device is attached.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// Names the attachment, once and for ever; `None`: a random number does. Who may die before the state of the
+    /// attachment is kept chooses one and keeps it first: see [`lost`](super::lost).
+    pub id: Option<u64>,
     /// Queues, each with a thread and a ring, 1 to 64; `None`: as many as processors, at most 4.
     pub queues: Option<u16>,
     /// Requests of each queue that may be under way, 1 to 1024.
@@ -37,6 +40,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Options {
+            id: None,
             queues: None,
             depth: 128,
             data_path: DataPath::Auto,
