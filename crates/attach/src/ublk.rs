@@ -70,9 +70,9 @@ pub fn resume(
         return Err(Error::Mismatch(format!("the device has {size} bytes, the attached one {}", state.size)));
     }
     let (control, _) = device::open()?;
-    let found = Device::take_over(control, state)?;
+    let found = Device::found(control, state, options)?;
     let server = Server::start(device, runtime, options, &found)?;
-    let found = found.go_on(&server)?;
+    let found = found.take_over(&server)?;
     Ok(Attachment { device: found, server })
 }
 

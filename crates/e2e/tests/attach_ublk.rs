@@ -20,6 +20,7 @@ use loam_attach::Error;
 use loam_attach::ublk::{self, Attachment, DataPath, Options, SavedState};
 use loam_block::{BlockDevice, FileDevice, FileOptions};
 use loam_e2e::{require_root, wait_until};
+use loam_sys::ublk::{Control, DeviceId};
 use tokio::runtime::Runtime;
 
 /// Where a worker finds the scratch directory of its test.
@@ -365,6 +366,18 @@ impl Drop for Served {
     }
 }
 
+/// After a failure, lets the readers of a device that nobody serves fail rather than hang.
+struct Abandon<'a>(&'a SavedState);
+
+impl Drop for Abandon<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() && ublk::find(self.0).unwrap().is_some() {
+            let id = DeviceId { number: self.0.number, unprivileged: false };
+            let _ = Control::open().unwrap().stop(id);
+        }
+    }
+}
+
 fn wait_for_line(output: &mut impl BufRead, word: &str) {
     let mut line = String::new();
     // The test harness prints beside it.
@@ -377,7 +390,7 @@ fn wait_for_line(output: &mut impl BufRead, word: &str) {
 #[test]
 fn a_hundred_kills_under_load_without_an_error() {
     let mut served = Served::start();
-    let device = served.device();
+    let (device, state) = (served.device(), served.state.clone());
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut outages = Vec::new();
     std::thread::scope(|scope| {
@@ -400,6 +413,7 @@ fn a_hundred_kills_under_load_without_an_error() {
                 })
             })
             .collect();
+        let _abandon = Abandon(&state);
         for _ in 0..100 {
             let before = reads.load(Ordering::Relaxed);
             wait_until("readers read on", Duration::from_secs(20), || {
@@ -434,7 +448,7 @@ fn a_hundred_kills_under_load_without_an_error() {
 #[test]
 fn servers_that_die_before_they_serve_are_survived() {
     let mut served = Served::start();
-    let device = served.device();
+    let (device, state) = (served.device(), served.state.clone());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..8_u64)
@@ -451,6 +465,7 @@ fn servers_that_die_before_they_serve_are_survived() {
                 })
             })
             .collect();
+        let _abandon = Abandon(&state);
         for round in 0..10 {
             served.kill_and_start();
             served.wait_for("born");
@@ -458,6 +473,8 @@ fn servers_that_die_before_they_serve_are_survived() {
             std::thread::sleep(Duration::from_micros(round * 700));
         }
         served.wait_for("ready");
+        // Not hung, and not failed.
+        std::thread::sleep(Duration::from_millis(100));
         done.store(true, Ordering::Relaxed);
         for reader in readers {
             reader.join().unwrap();

@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use loam_block::Geometry;
@@ -94,8 +93,6 @@ pub(super) struct Device {
     /// What it was made with, of [`feature`].
     flags: u64,
     state: SavedState,
-    /// The character device; it can be opened only once, so the queues' rings get duplicates.
-    server_file: Option<Arc<OwnedFd>>,
     affinities: Vec<Vec<usize>>,
     /// Made by us and not started yet.
     is_draft: bool,
@@ -131,20 +128,18 @@ impl Device {
         control.add(&mut info)?;
         let mut device = Device::new(control, &info, geometry.size)?;
         device.is_draft = true;
-        device.open_server_file()?;
         device.find_affinities(options)?;
         let parameters = parameters(geometry, options.block_size, info.io_bytes_max, device.state.data_path);
         device.control.set_parameters(device.id, &parameters)?;
         Ok(device)
     }
 
-    /// Readies the device of an attachment whose process is gone, or about to be.
-    pub(super) fn take_over(mut control: Control, state: SavedState) -> Result<Device> {
+    /// The device of an attachment whose process is gone, or about to be.
+    pub(super) fn found(mut control: Control, state: SavedState, options: &Options) -> Result<Device> {
         let gone = || Error::Mismatch(format!("{} is not that attachment", path(state.number).display()));
         let info = find(&mut control, &state)?.ok_or_else(gone)?;
         let mut device = Device::new(control, &info, state.size)?;
-        device.recover(&info)?;
-        device.open_server_file()?;
+        device.find_affinities(options)?;
         Ok(device)
     }
 
@@ -166,15 +161,7 @@ impl Device {
         let affinities = vec![Vec::new(); usize::from(info.queues)];
         let flags = info.flags;
         let (is_draft, is_gone) = (false, false);
-        Ok(Device { control, id, flags, state, server_file: None, affinities, is_draft, is_gone })
-    }
-
-    fn open_server_file(&mut self) -> Result<()> {
-        let path = self.id.server_path();
-        let opened = File::options().read(true).write(true).open(&path);
-        let file = opened.map_err(|error| loam_sys::Error::new("open", path, error))?;
-        self.server_file = Some(Arc::new(file.into()));
-        Ok(())
+        Ok(Device { control, id, flags, state, affinities, is_draft, is_gone })
     }
 
     fn find_affinities(&mut self, options: &Options) -> Result<()> {
@@ -186,51 +173,54 @@ impl Device {
         Ok(())
     }
 
-    /// Waits until the process that served before is gone, and readies the device for us.
-    fn recover(&mut self, info: &DeviceInfo) -> Result<()> {
-        let end = Instant::now() + RESUME_TIMEOUT;
-        loop {
-            let error = match self.control.start_recovery(self.id) {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
-            };
-            match error.errno().map(Errno::from_raw_os_error) {
-                Some(Errno::BUSY) if Instant::now() < end => std::thread::sleep(POLL),
-                Some(Errno::BUSY) => {
-                    let (path, pid) = (path(self.id.number), info.server_pid);
-                    let why = format!("{} is still served by process {pid}", path.display());
-                    return Err(Error::Mismatch(why));
-                }
-                // Readied already, by a process that died before it served (kernels before 6.16 say so).
-                Some(Errno::INVAL) if info.state == state::QUIESCED => return Ok(()),
-                Some(Errno::INVAL) => {
-                    let why = format!("{} was not made to be taken over", path(self.id.number).display());
-                    return Err(Error::Mismatch(why));
-                }
-                _ => return Err(error.into()),
-            }
-        }
-    }
-
     /// Starts a device whose queues have threads.
     pub(super) fn start(mut self, server: &Server) -> Result<Device> {
-        self.begin(server)?;
+        server.begin(self.open_server()?)?;
         self.control.start(self.id, pid())?;
         self.is_draft = false;
         Ok(self)
     }
 
-    /// Goes on with a device whose queues have threads.
-    pub(super) fn go_on(mut self, server: &Server) -> Result<Device> {
-        self.begin(server)?;
+    /// Takes over a device, when the process that served before is gone, for queues that have threads. Between readying
+    /// it and serving it as little is done as can be: a process that dies there may not be followed by another.
+    pub(super) fn take_over(mut self, server: &Server) -> Result<Device> {
+        let end = Instant::now() + RESUME_TIMEOUT;
+        let file = loop {
+            let readied = self.control.start_recovery(self.id);
+            let opened = match readied {
+                Ok(()) => self.open_server(),
+                // Readied already, by a process that died before it served (kernels before 6.16 say so).
+                Err(error) if error.errno() == Some(Errno::INVAL.raw_os_error()) && self.is_quiesced()? => {
+                    self.open_server()
+                }
+                Err(error) => Err(error),
+            };
+            match opened {
+                Ok(file) => break file,
+                Err(error) if error.errno() != Some(Errno::BUSY.raw_os_error()) => return Err(error.into()),
+                Err(_) if Instant::now() < end => std::thread::sleep(POLL),
+                Err(_) => return Err(self.still_served()?),
+            }
+        };
+        server.begin(file)?;
         self.control.end_recovery(self.id, pid())?;
         Ok(self)
     }
 
-    fn begin(&mut self, server: &Server) -> Result<()> {
-        // The rings have it.
-        self.server_file = None;
-        server.begin()
+    fn is_quiesced(&mut self) -> loam_sys::Result<bool> {
+        Ok(self.control.info(self.id.number)?.is_some_and(|info| info.state == state::QUIESCED))
+    }
+
+    fn still_served(&mut self) -> loam_sys::Result<Error> {
+        let pid = self.control.info(self.id.number)?.map_or(0, |info| info.server_pid);
+        Ok(Error::Mismatch(format!("{} is still served by process {pid}", path(self.id.number).display())))
+    }
+
+    /// Opens the character device; one process at a time can.
+    fn open_server(&self) -> loam_sys::Result<OwnedFd> {
+        let path = self.id.server_path();
+        let opened = File::options().read(true).write(true).open(&path);
+        opened.map(OwnedFd::from).map_err(|error| loam_sys::Error::new("open", path, error))
     }
 
     pub(super) fn state(&self) -> &SavedState {
@@ -239,11 +229,6 @@ impl Device {
 
     pub(super) fn affinities(&self) -> &[Vec<usize>] {
         &self.affinities
-    }
-
-    /// The character device.
-    pub(super) fn server_file(&self) -> Result<Arc<OwnedFd>> {
-        self.server_file.clone().ok_or_else(|| Error::Mismatch("the device is being served already".into()))
     }
 
     /// Stops and removes the device, unless it is in use.
@@ -266,7 +251,6 @@ impl Drop for Device {
         if self.is_draft {
             // Threads that wait with it for its start end by this.
             let _ = self.control.stop(self.id);
-            self.server_file = None;
             if let Err(error) = request_delete(&mut self.control, self.id) {
                 tracing::warn!(%error, "a device that could not be started is left over");
             }

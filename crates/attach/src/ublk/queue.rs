@@ -2,14 +2,14 @@
 //! answers with the call that waits for the next: no allocation, no lock, no other thread. Only when the device says
 //! that it must wait does the request's buffer go to a task, and come back by a channel.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 
 use loam_block::{Access, Io, Ticket};
-use loam_sys::ublk::{Event, LentBuffer, Queue, QueueOptions, Waker};
+use loam_sys::ublk::{Event, LentBuffer, Queue, QueueOptions, Transfer, Waker};
 
 use super::request::{EIO, Request};
 use super::server::Shared;
@@ -18,6 +18,9 @@ use crate::fuse::{Counters, add};
 
 /// The errno of a tag whose device was stopped.
 const ENODEV: i32 = 19;
+/// After a read that had to wait, but lies in a local file: how many further ones are looked for there first. A device
+/// that always waits (a file past the page cache) then makes no future only to have it dropped.
+const LOCATE_FIRST: u32 = 64;
 
 /// Makes the calling thread one that block I/O depends on, kept on `processors` (none: any).
 pub(super) fn settle_thread(processors: &[usize]) {
@@ -28,6 +31,9 @@ pub(super) fn settle_thread(processors: &[usize]) {
     let mut set = rustix::thread::CpuSet::new();
     for processor in processors.iter().filter(|processor| **processor < rustix::thread::CpuSet::MAX_CPU) {
         set.set(*processor);
+    }
+    if let Err(error) = loam_sys::ublk::prefer_batches() {
+        tracing::debug!(%error, "a ublk queue is scheduled as any thread");
     }
     if set.count() > 0
         && let Err(error) = rustix::thread::sched_setaffinity(None, &set)
@@ -65,6 +71,8 @@ pub(super) struct Server {
     finished: Receiver<Done>,
     waker: Waker,
     zero_copy: bool,
+    /// How many of the next reads are first looked for in a local file.
+    locate_first: u32,
 }
 
 /// What the device did about a read.
@@ -75,8 +83,8 @@ enum Attempt {
 }
 
 impl Server {
-    pub(super) fn new(device: BorrowedFd<'_>, options: QueueOptions, shared: Arc<Shared>) -> Result<Server> {
-        let queue = Queue::new(device, options)?;
+    pub(super) fn new(options: QueueOptions, shared: Arc<Shared>) -> Result<Server> {
+        let queue = Queue::new(options)?;
         // Each tag waits at most once, so a send never finds the channel full.
         let (done, finished) = sync_channel(usize::from(options.depth));
         Ok(Server {
@@ -87,17 +95,18 @@ impl Server {
             under_way: vec![NOTHING; usize::from(options.depth)].into(),
             done,
             finished,
-            zero_copy: options.transfer == loam_sys::ublk::Transfer::Registered,
+            zero_copy: options.transfer == Transfer::Registered,
+            locate_first: 0,
         })
     }
 
-    /// Waits for the beginning, says how it went, and serves until the device is stopped.
-    pub(super) fn run(mut self, may_begin: &Receiver<()>, report: Sender<Result<()>>) {
+    /// Waits for the device, says how connecting to it went, and serves until it is stopped.
+    pub(super) fn run(mut self, device: &Receiver<Arc<OwnedFd>>, report: Sender<Result<()>>) {
         // An error: the device could not be made.
-        if may_begin.recv().is_err() {
-            return;
-        }
-        let begun = self.begin();
+        let Ok(device) = device.recv() else { return };
+        let begun = self.begin(device.as_fd());
+        // The ring has the device open from here on, for as long as it serves.
+        drop(device);
         let failed = begun.is_err();
         let _ = report.send(begun);
         drop(report);
@@ -111,8 +120,14 @@ impl Server {
         }
     }
 
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, device: BorrowedFd<'_>) -> Result<()> {
+        let connected = self.queue.connect(device);
+        // Even after an error: the others wait for all.
+        self.shared.meet();
+        connected?;
         self.queue.fetch_all()?;
+        self.shared.meet();
+        self.queue.map_descriptors(device)?;
         // Commands that the kernel does not take fail at once; no request can have come.
         while let Some(event) = self.queue.next_event()? {
             if let Event::Ended(_, errno) = event {
@@ -172,6 +187,12 @@ impl Server {
         if self.zero_copy && self.read_located(tag, offset, length, Access::Unseen)? {
             return Ok(());
         }
+        if self.locate_first > 0 {
+            self.locate_first -= 1;
+            if self.read_located(tag, offset, length, Access::Seen)? {
+                return Ok(());
+            }
+        }
         let Some(buffer) = self.queue.buffer_mut(tag).get_mut(..length as usize) else {
             return self.fail(tag, EIO);
         };
@@ -181,23 +202,26 @@ impl Server {
                 self.answer(tag, length)
             }
             Attempt::Failed(errno) => self.fail(tag, errno),
-            Attempt::MustWait if self.read_located(tag, offset, length, Access::Seen)? => Ok(()),
+            Attempt::MustWait if self.read_located(tag, offset, length, Access::Seen)? => {
+                self.locate_first = LOCATE_FIRST;
+                Ok(())
+            }
             Attempt::MustWait => self.wait_for(tag, offset, length),
         }
     }
 
     /// Reads by the queue's own ring what lies in a local file. Returns false when it does not.
     fn read_located(&mut self, tag: u16, offset: u64, length: u32, access: Access) -> loam_sys::Result<bool> {
-        let shared = Arc::clone(&self.shared);
+        let Server { queue, shared, under_way, .. } = self;
         let locate = || shared.device.locate(offset, u64::from(length), access);
         let Ok(Some(located)) = catch_unwind(AssertUnwindSafe(locate)) else { return Ok(false) };
         let unseen = access == Access::Unseen;
         if unseen {
-            self.queue.read_file_into_request(tag, located.file, located.offset, length)?;
+            queue.read_file_into_request(tag, located.file, located.offset, length)?;
         } else {
-            self.queue.read_file(tag, located.file, located.offset, length)?;
+            queue.read_file(tag, located.file, located.offset, length)?;
         }
-        if let Some(place) = self.under_way.get_mut(usize::from(tag)) {
+        if let Some(place) = under_way.get_mut(usize::from(tag)) {
             *place = UnderWay { offset, length, ticket: Some(located.ticket), unseen };
         }
         Ok(true)
@@ -210,8 +234,8 @@ impl Server {
         let Some(ticket) = ticket.filter(|_| result == length as i32) else {
             return self.wait_for(tag, offset, length);
         };
-        let shared = Arc::clone(&self.shared);
-        let bytes = if unseen { None } else { self.queue.buffer_mut(tag).get(..length as usize) };
+        let Server { queue, shared, .. } = self;
+        let bytes = if unseen { None } else { queue.buffer_mut(tag).get(..length as usize) };
         let settled = catch_unwind(AssertUnwindSafe(|| shared.device.settle(ticket, bytes)));
         if !settled.unwrap_or(false) {
             return self.wait_for(tag, offset, length);

@@ -1,7 +1,8 @@
 //! The threads of a device's queues: started and told to begin together, watched until they end.
 
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use crate::fuse::{Counters, Stats, sum};
 
 /// Between looks at whether the threads have ended.
 const JOIN_POLL: Duration = Duration::from_millis(1);
+/// How long queues wait for one another.
+const MEET_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the threads of one device share.
 pub(super) struct Shared {
@@ -28,9 +31,23 @@ pub(super) struct Shared {
     /// The longest request in bytes.
     pub(super) io_bytes_max: u32,
     counters: Box<[Counters]>,
+    /// How often a queue has come to a point that they pass together.
+    met: AtomicUsize,
 }
 
 impl Shared {
+    /// Returns when all queues have come here, within microseconds for all of them: a process that is killed between the
+    /// beginnings of two queues leaves the kernel with half a server (which makes Linux before 6.16 stumble when the
+    /// next one takes over). Gives up on those that do not come.
+    pub(super) fn meet(&self) {
+        let queues = self.counters.len();
+        let round = self.met.fetch_add(1, Ordering::AcqRel) / queues + 1;
+        let end = Instant::now() + MEET_TIMEOUT;
+        while self.met.load(Ordering::Acquire) < round * queues && Instant::now() < end {
+            std::thread::yield_now();
+        }
+    }
+
     pub(super) fn counters(&self, queue: u16) -> &Counters {
         &self.counters[usize::from(queue)]
     }
@@ -48,12 +65,12 @@ impl Shared {
 pub(super) struct Server {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    begin: Vec<Sender<()>>,
+    begin: Vec<Sender<Arc<OwnedFd>>>,
     begun: Receiver<Result<()>>,
 }
 
 impl Server {
-    /// Starts a thread with a ring for each queue. None takes requests before [`Server::begin`].
+    /// Starts a thread with a ring for each queue. None knows the device before [`Server::begin`].
     pub(super) fn start(
         device: Arc<dyn BlockDevice>,
         runtime: Handle,
@@ -62,7 +79,14 @@ impl Server {
     ) -> Result<Server> {
         let state = made.state();
         let counters = (0..state.queues).map(|_| Counters::default()).collect();
-        let shared = Shared { device, runtime, size: state.size, io_bytes_max: state.io_bytes_max, counters };
+        let shared = Shared {
+            device,
+            runtime,
+            size: state.size,
+            io_bytes_max: state.io_bytes_max,
+            counters,
+            met: AtomicUsize::new(0),
+        };
         let (prepared, all_prepared) = channel();
         let (report, begun) = channel();
         let mut server = Server { shared: Arc::new(shared), threads: Vec::new(), begin: Vec::new(), begun };
@@ -75,14 +99,12 @@ impl Server {
                 task_run: options.task_run,
             };
             let processors = processors.clone();
-            let (shared, device) = (Arc::clone(&server.shared), made.server_file()?);
+            let shared = Arc::clone(&server.shared);
             let (prepared, report) = (prepared.clone(), report.clone());
-            let (begin, may_begin) = channel();
+            let (begin, connect) = channel();
             let run = move || {
                 super::queue::settle_thread(&processors);
-                let queue = QueueServer::new(device.as_fd(), options, shared);
-                // The ring has the device open from here on, for as long as it serves.
-                drop(device);
+                let queue = QueueServer::new(options, shared);
                 let (queue, outcome) = match queue {
                     Ok(queue) => (Some(queue), Ok(())),
                     Err(error) => (None, Err(error)),
@@ -90,7 +112,7 @@ impl Server {
                 let _ = prepared.send(outcome);
                 drop(prepared);
                 if let Some(queue) = queue {
-                    queue.run(&may_begin, report);
+                    queue.run(&connect, report);
                 }
             };
             let thread = std::thread::Builder::new().name(format!("loam-ublk-{queue}")).spawn(run);
@@ -106,11 +128,13 @@ impl Server {
         Ok(server)
     }
 
-    /// Lets all queues fetch. Returns when they have.
-    pub(super) fn begin(&self) -> Result<()> {
+    /// Connects all queues to the device whose character device this is. Returns when the kernel has their tags.
+    pub(super) fn begin(&self, device: OwnedFd) -> Result<()> {
+        let device = Arc::new(device);
         for begin in &self.begin {
-            let _ = begin.send(());
+            let _ = begin.send(Arc::clone(&device));
         }
+        drop(device);
         for _ in &self.begin {
             match self.begun.recv() {
                 Ok(outcome) => outcome?,

@@ -188,18 +188,18 @@ pub struct Queue {
     registered: Option<u32>,
     options: QueueOptions,
     wake: Arc<Wake>,
-    descriptors: Descriptors,
+    /// Mapped once all tags are the kernel's.
+    descriptors: Option<Descriptors>,
     memory: Arc<Memory>,
     owners: Vec<Owner>,
 }
 
 impl Queue {
-    /// A queue of the device that `server` (/dev/ublkcN) belongs to.
+    /// A queue for a device like `options` say, not connected to one yet.
     ///
     /// # Errors
-    /// `EINVAL` for numbers that the device does not have or the kernel does not take; `ENOSYS`, `EPERM` where io_uring
-    /// is not to be had; `ENOMEM`.
-    pub fn new(server: BorrowedFd<'_>, options: QueueOptions) -> Result<Queue> {
+    /// `EINVAL` for numbers that the kernel does not take; `ENOSYS`, `EPERM` where io_uring is not to be had; `ENOMEM`.
+    pub fn new(options: QueueOptions) -> Result<Queue> {
         let QueueOptions { queue, depth, buffer_bytes, transfer, task_run } = options;
         let fail = |call| move |error: std::io::Error| Error::new(call, format!("ublk queue {queue}"), error);
         let valid = (1..=wire::DEPTH_MAX).contains(&depth)
@@ -220,7 +220,7 @@ impl Queue {
         let entries = 2 * u32::from(depth) + 1;
         let ring = builder.setup_cqsize(2 * entries).build(entries).map_err(fail("io_uring_setup"))?;
         let submitter = ring.submitter();
-        submitter.register_files(&[server.as_raw_fd()]).map_err(fail("io_uring_register"))?;
+        submitter.register_files_sparse(1).map_err(fail("io_uring_register"))?;
         if transfer == Transfer::Registered {
             submitter.register_buffers_sparse(u32::from(depth)).map_err(fail("io_uring_register"))?;
         }
@@ -230,7 +230,7 @@ impl Queue {
             registered,
             options,
             wake: Arc::new(Wake { event, pending: AtomicBool::new(false) }),
-            descriptors: Descriptors::map(server.as_raw_fd(), queue, depth).map_err(fail("mmap"))?,
+            descriptors: None,
             memory: Arc::new(Memory::new(usize::from(depth), buffer_bytes).map_err(fail("mmap"))?),
             owners: vec![Owner::Us; usize::from(depth)],
         };
@@ -238,16 +238,37 @@ impl Queue {
         Ok(queue)
     }
 
-    /// Gives all tags to the kernel, in one call. From then on the kernel takes this thread as the queue's server.
-    /// Failures show as [`Event::Ended`].
+    /// Connects the queue to the device that `server` (/dev/ublkcN) belongs to, which the ring keeps open from then on.
+    ///
+    /// # Errors
+    /// Of io_uring_register.
+    pub fn connect(&mut self, server: BorrowedFd<'_>) -> Result<()> {
+        let registered = self.ring.submitter().register_files_update(0, &[server.as_raw_fd()]);
+        registered.map_err(|error| self.error("io_uring_register", error))?;
+        for tag in 0..self.options.depth {
+            self.give(tag, wire::IO_FETCH_REQ, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Gives all tags to the kernel, in one call that no signal divides: the kernel takes this thread as the queue's
+    /// server, or does not. Failures show as [`Event::Ended`].
     ///
     /// # Errors
     /// Of io_uring_enter.
     pub fn fetch_all(&mut self) -> Result<()> {
-        for tag in 0..self.options.depth {
-            self.give(tag, wire::IO_FETCH_REQ, 0)?;
-        }
         self.enter(0)
+    }
+
+    /// Maps the descriptors of requests; before that, they are zeroes. Only after [`Queue::fetch_all`] of all queues: a
+    /// process that maps and is killed before it fetched makes the device impossible to take over (Linux 6.12).
+    ///
+    /// # Errors
+    /// `EINVAL` for numbers that the device does not have.
+    pub fn map_descriptors(&mut self, server: BorrowedFd<'_>) -> Result<()> {
+        let mapped = Descriptors::map(server.as_raw_fd(), self.options.queue, self.options.depth);
+        self.descriptors = Some(mapped.map_err(|error| self.error("mmap", error))?);
+        Ok(())
     }
 
     /// What wakes the thread that waits here.
@@ -319,10 +340,10 @@ impl Queue {
 
     /// The request that a tag brought, as the kernel describes it. Zeroes for tags that there are not.
     pub fn descriptor(&self, tag: u16) -> IoDescriptor {
-        if tag >= self.options.depth {
+        let Some(descriptors) = self.descriptors.as_ref().filter(|_| tag < self.options.depth) else {
             return IoDescriptor::default();
-        }
-        let at = self.descriptors.start.as_ptr().cast::<IoDescriptor>().wrapping_add(usize::from(tag));
+        };
+        let at = descriptors.start.as_ptr().cast::<IoDescriptor>().wrapping_add(usize::from(tag));
         // SAFETY: inside the mapping, which holds `depth` descriptors, each 8-byte aligned (the mapping begins on a page,
         // a descriptor has 24 bytes) and valid with any bits; volatile, because the driver may write meanwhile.
         unsafe { at.read_volatile() }
@@ -524,13 +545,16 @@ impl Queue {
         match error.raw_os_error() {
             // Busy: completions are waiting to be taken.
             Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-            _ => Err(Error::new("io_uring_enter", format!("ublk queue {}", self.options.queue), error)),
+            _ => Err(self.error("io_uring_enter", error)),
         }
     }
 
     fn fail(&self, errno: i32) -> Error {
-        let error = std::io::Error::from_raw_os_error(errno);
-        Error::new("UBLK_IO_COMMIT_AND_FETCH_REQ", format!("ublk queue {}", self.options.queue), error)
+        self.error("UBLK_IO_COMMIT_AND_FETCH_REQ", std::io::Error::from_raw_os_error(errno))
+    }
+
+    fn error(&self, call: &'static str, error: std::io::Error) -> Error {
+        Error::new(call, format!("ublk queue {}", self.options.queue), error)
     }
 }
 
@@ -571,4 +595,137 @@ fn update_registered_ring(ring: RawFd, operation: libc::c_uint, index: u32, data
     // SAFETY: the kernel reads and writes one struct io_uring_rsrc_update, which `update` is.
     let result = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, operation, pointer, 1) };
     (result == 1).then_some(update.offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const OPTIONS: QueueOptions = QueueOptions {
+        queue: 0,
+        depth: 4,
+        buffer_bytes: 8192,
+        transfer: Transfer::Copy,
+        task_run: TaskRun::Deferred,
+    };
+
+    #[test]
+    fn buffers_are_apart_and_ours_until_given_or_lent() {
+        let mut queue = Queue::new(OPTIONS).unwrap();
+        for tag in 0..4 {
+            assert_eq!(queue.buffer_mut(tag).len(), 8192);
+            queue.buffer_mut(tag).fill(tag as u8);
+        }
+        for tag in 0..4 {
+            assert!(queue.buffer_mut(tag).iter().all(|byte| *byte == tag as u8));
+        }
+        let mut lent = queue.lend(2).unwrap();
+        assert!(queue.buffer_mut(2).is_empty() && queue.lend(2).is_none() && queue.commit(2, 0).is_err());
+        lent.fill(7);
+        // From another thread, back by a channel.
+        let lent = std::thread::spawn(move || lent).join().unwrap();
+        queue.take_back(lent);
+        assert_eq!(queue.buffer_mut(2)[8191], 7);
+        assert!(queue.buffer_mut(4).is_empty() && queue.lend(4).is_none() && queue.commit(4, 0).is_err());
+        assert!(queue.commit_read(0, 8193).is_err());
+        assert_eq!(queue.descriptor(0), IoDescriptor::default());
+    }
+
+    #[test]
+    fn a_buffer_of_another_queue_is_not_taken() {
+        let (mut one, mut other) = (Queue::new(OPTIONS).unwrap(), Queue::new(OPTIONS).unwrap());
+        let (lent, foreign) = (one.lend(1).unwrap(), other.lend(1).unwrap());
+        one.take_back(foreign);
+        assert!(one.buffer_mut(1).is_empty());
+        one.take_back(lent);
+        assert!(!one.buffer_mut(1).is_empty());
+    }
+
+    #[test]
+    fn a_lent_buffer_outlives_its_queue() {
+        let mut queue = Queue::new(OPTIONS).unwrap();
+        let mut lent = queue.lend(3).unwrap();
+        drop(queue);
+        lent.fill(1);
+        assert!(lent.iter().all(|byte| *byte == 1));
+    }
+
+    #[test]
+    fn a_file_that_is_not_ublk_ends_all_tags() {
+        for transfer in [Transfer::Copy, Transfer::UserCopy] {
+            let file = tempfile::tempfile().unwrap();
+            let mut queue = Queue::new(QueueOptions { transfer, ..OPTIONS }).unwrap();
+            queue.connect(file.as_fd()).unwrap();
+            assert!(queue.buffer_mut(0).is_empty(), "the kernel's");
+            queue.fetch_all().unwrap();
+            let mut ended = 0;
+            while queue.is_open() {
+                while let Some(event) = queue.next_event().unwrap() {
+                    assert!(matches!(event, Event::Ended(_, libc::EOPNOTSUPP)), "{event:?}");
+                    ended += 1;
+                }
+                if queue.is_open() {
+                    queue.wait().unwrap();
+                }
+            }
+            assert_eq!(ended, 4);
+        }
+    }
+
+    #[test]
+    fn files_are_read_into_buffers_and_errors_are_told() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[9; 6000]).unwrap();
+        let write_only = std::fs::File::options().write(true).open("/dev/null").unwrap();
+        let mut queue = Queue::new(OPTIONS).unwrap();
+        queue.read_file(0, file.as_fd(), 4096, 1000).unwrap();
+        queue.read_file(1, file.as_fd(), 4096, 4096).unwrap();
+        queue.read_file(2, write_only.as_fd(), 0, 4096).unwrap();
+        assert!(queue.buffer_mut(0).is_empty(), "being read into");
+        assert!(queue.read_file(3, file.as_fd(), 0, 8193).is_err());
+        assert!(queue.read_file_into_request(3, file.as_fd(), 0, 4096).is_err(), "no registered pages");
+        let mut events = Vec::new();
+        while events.len() < 3 {
+            queue.wait().unwrap();
+            while let Some(event) = queue.next_event().unwrap() {
+                events.push(event);
+            }
+        }
+        for expected in [Event::Moved(0, 1000), Event::Moved(1, 1904), Event::Moved(2, -libc::EBADF)] {
+            assert!(events.contains(&expected), "{events:?}");
+        }
+        assert!(queue.buffer_mut(0)[..1000].iter().all(|byte| *byte == 9));
+        assert_eq!(queue.buffer_mut(0)[1000], 0);
+    }
+
+    #[test]
+    fn waking_ends_a_wait_each_time() {
+        for task_run in [TaskRun::Deferred, TaskRun::Cooperative] {
+            let mut queue = Queue::new(QueueOptions { task_run, ..OPTIONS }).unwrap();
+            let waker = queue.waker();
+            for _ in 0..3 {
+                let waker = waker.clone();
+                // Several at once are one.
+                std::thread::spawn(move || (0..10).for_each(|_| waker.wake())).join().unwrap();
+                queue.wait().unwrap();
+                assert_eq!(queue.next_event().unwrap(), Some(Event::Woken));
+                assert_eq!(queue.next_event().unwrap(), None);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_beyond_the_limits_are_refused() {
+        let cases =
+            [(0, 4096), (wire::DEPTH_MAX + 1, 4096), (1, 100), (1, 0), (1, wire::IO_BYTES_MAX + 4096)];
+        for (depth, buffer_bytes) in cases {
+            assert!(
+                Queue::new(QueueOptions { depth, buffer_bytes, ..OPTIONS }).is_err(),
+                "{depth} {buffer_bytes}"
+            );
+        }
+    }
 }
