@@ -50,7 +50,7 @@ pub fn attach(device: Arc<dyn BlockDevice>, runtime: Handle, options: &Options) 
     let made = Device::add(control, features, &device.geometry(), options)?;
     let server = Server::start(device, runtime, options, &made)?;
     let made = made.start(&server)?;
-    Ok(Attachment { device: made, server })
+    Ok(Attachment { device: Box::new(made), server })
 }
 
 /// Goes on serving an attachment whose process is gone. Requests that it left unanswered are answered now. Waits for the
@@ -73,7 +73,7 @@ pub fn resume(
     let found = Device::found(control, state, options)?;
     let server = Server::start(device, runtime, options, &found)?;
     let found = found.take_over(&server)?;
-    Ok(Attachment { device: found, server })
+    Ok(Attachment { device: Box::new(found), server })
 }
 
 /// The N of /dev/ublkbN that an attachment has; `None` when it is gone. Needs no server.
@@ -107,7 +107,7 @@ pub fn lost(id: u64) -> Result<Option<SavedState>> {
 ///
 /// Dropping it changes nothing: the device is served until the process ends, and can be taken over then.
 pub struct Attachment {
-    device: Device,
+    device: Box<Device>,
     server: Server,
 }
 

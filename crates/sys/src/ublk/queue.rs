@@ -31,6 +31,8 @@ const KIND_WAKE: u64 = 2;
 const IORING_POLL_ADD_MULTI: u32 = 1 << 0;
 const IORING_ENTER_GETEVENTS: u32 = 1 << 0;
 const IORING_ENTER_REGISTERED_RING: u32 = 1 << 4;
+/// Linux 6.15: a thread that waits for requests is idle, not waiting for a disk, and is accounted so.
+const IORING_ENTER_NO_IOWAIT: u32 = 1 << 7;
 const IORING_REGISTER_RING_FDS: libc::c_uint = 20;
 const IORING_UNREGISTER_RING_FDS: libc::c_uint = 21;
 const IOSQE_FIXED_FILE: u8 = 1 << 0;
@@ -186,6 +188,9 @@ pub struct Queue {
     ring: IoUring<squeue::Entry, cqueue::Entry>,
     /// The ring's index among the thread's registered rings.
     registered: Option<u32>,
+    /// What io_uring_enter is called with: that index, or the descriptor.
+    entered: RawFd,
+    enter_flags: u32,
     options: QueueOptions,
     wake: Arc<Wake>,
     /// Mapped once all tags are the kernel's.
@@ -225,7 +230,16 @@ impl Queue {
             submitter.register_buffers_sparse(u32::from(depth)).map_err(fail("io_uring_register"))?;
         }
         let registered = register_ring(ring.as_raw_fd());
+        let mut enter_flags = IORING_ENTER_GETEVENTS;
+        if registered.is_some() {
+            enter_flags |= IORING_ENTER_REGISTERED_RING;
+        }
+        if ring.params().is_feature_no_iowait() {
+            enter_flags |= IORING_ENTER_NO_IOWAIT;
+        }
         let mut queue = Queue {
+            entered: registered.map_or(ring.as_raw_fd(), |index| index as RawFd),
+            enter_flags,
             ring,
             registered,
             options,
@@ -529,10 +543,7 @@ impl Queue {
 
     fn enter(&mut self, minimum: u32) -> Result<()> {
         let submit = self.ring.submission().len() as libc::c_uint;
-        let (ring, flags) = match self.registered {
-            Some(index) => (index as RawFd, IORING_ENTER_GETEVENTS | IORING_ENTER_REGISTERED_RING),
-            None => (self.ring.as_raw_fd(), IORING_ENTER_GETEVENTS),
-        };
+        let (ring, flags) = (self.entered, self.enter_flags);
         let no_mask = std::ptr::null::<libc::sigset_t>();
         // SAFETY: the entries in the submission queue were justified when they were pushed; no signal mask is given.
         let result = unsafe {
