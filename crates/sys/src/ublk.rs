@@ -5,6 +5,7 @@
 mod control;
 mod memory;
 mod queue;
+mod registered;
 mod thread;
 mod wire;
 

@@ -1,8 +1,14 @@
-//! The buffers of a queue's tags, in one mapping; and the right to use one of them elsewhere for a while.
+//! The memory of a queue: the buffers of its tags, in one mapping, and the right to use one of them elsewhere for a
+//! while; and the descriptors of requests, which the driver shares.
 
 use std::ops::{Deref, DerefMut};
+use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+use super::wire::{self, IoDescriptor};
+
+const PAGE: usize = 4096;
 
 /// An anonymous mapping of equal buffers. Pages that were never touched take no memory.
 pub(super) struct Memory {
@@ -84,5 +90,52 @@ impl DerefMut for LentBuffer {
         let start = self.memory.at(usize::from(self.tag));
         // SAFETY: as in `deref`; `&mut self` makes it the only reference.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.buffer_bytes) }
+    }
+}
+
+/// The descriptors of a queue's requests, shared by the driver.
+pub(super) struct Descriptors {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Descriptors {
+    pub(super) fn map(device: RawFd, queue: u16, depth: u16) -> std::io::Result<Descriptors> {
+        let size_of_queue =
+            |depth: u16| (usize::from(depth) * size_of::<IoDescriptor>()).next_multiple_of(PAGE);
+        let bytes = size_of_queue(depth);
+        let offset = usize::from(queue) * size_of_queue(wire::DEPTH_MAX);
+        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+        // SAFETY: a new mapping of the driver's memory, read-only, touches nothing that exists.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, device, offset as libc::off_t)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let start = NonNull::new(address.cast());
+        Ok(Descriptors {
+            start: start.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?,
+            bytes,
+        })
+    }
+
+    /// A copy of the descriptor of `tag`; `None` beyond the mapping.
+    pub(super) fn get(&self, tag: u16) -> Option<IoDescriptor> {
+        let index = usize::from(tag);
+        if (index + 1) * size_of::<IoDescriptor>() > self.bytes {
+            return None;
+        }
+        let at = self.start.as_ptr().cast::<IoDescriptor>().wrapping_add(index);
+        // SAFETY: inside the mapping (checked above), 8-byte aligned (the mapping begins on a page, a descriptor has 24
+        // bytes) and valid with any bits; volatile, because the driver may write meanwhile.
+        Some(unsafe { at.read_volatile() })
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, of this length; nobody else has its address.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }

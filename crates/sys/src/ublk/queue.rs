@@ -9,14 +9,14 @@
 //! copied out.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::memory::{LentBuffer, Memory};
+use super::memory::{Descriptors, LentBuffer, Memory};
+use super::registered;
 use super::wire::{self, IoCommand, IoDescriptor};
 use crate::{Error, Result};
 
@@ -33,8 +33,6 @@ const IORING_ENTER_GETEVENTS: u32 = 1 << 0;
 const IORING_ENTER_REGISTERED_RING: u32 = 1 << 4;
 /// Linux 6.15: a thread that waits for requests is idle, not waiting for a disk, and is accounted so.
 const IORING_ENTER_NO_IOWAIT: u32 = 1 << 7;
-const IORING_REGISTER_RING_FDS: libc::c_uint = 20;
-const IORING_UNREGISTER_RING_FDS: libc::c_uint = 21;
 const IOSQE_FIXED_FILE: u8 = 1 << 0;
 const IOSQE_IO_LINK: u8 = 1 << 2;
 const IOSQE_CQE_SKIP_SUCCESS: u8 = 1 << 6;
@@ -148,41 +146,6 @@ impl Waker {
     }
 }
 
-/// The descriptors of a queue's requests, shared by the driver.
-struct Descriptors {
-    start: NonNull<u8>,
-    bytes: usize,
-}
-
-impl Descriptors {
-    fn map(device: RawFd, queue: u16, depth: u16) -> std::io::Result<Descriptors> {
-        let size_of_queue =
-            |depth: u16| (usize::from(depth) * size_of::<IoDescriptor>()).next_multiple_of(PAGE);
-        let bytes = size_of_queue(depth);
-        let offset = usize::from(queue) * size_of_queue(wire::DEPTH_MAX);
-        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
-        // SAFETY: a new mapping of the driver's memory, read-only, touches nothing that exists.
-        let address = unsafe {
-            libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, flags, device, offset as libc::off_t)
-        };
-        if address == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error());
-        }
-        let start = NonNull::new(address.cast());
-        Ok(Descriptors {
-            start: start.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?,
-            bytes,
-        })
-    }
-}
-
-impl Drop for Descriptors {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, of this length; nobody else has its address.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
-    }
-}
-
 /// A queue: used by the thread that made it.
 pub struct Queue {
     ring: IoUring<squeue::Entry, cqueue::Entry>,
@@ -229,7 +192,7 @@ impl Queue {
         if transfer == Transfer::Registered {
             submitter.register_buffers_sparse(u32::from(depth)).map_err(fail("io_uring_register"))?;
         }
-        let registered = register_ring(ring.as_raw_fd());
+        let registered = registered::register(ring.as_raw_fd());
         let mut enter_flags = IORING_ENTER_GETEVENTS;
         if registered.is_some() {
             enter_flags |= IORING_ENTER_REGISTERED_RING;
@@ -354,13 +317,7 @@ impl Queue {
 
     /// The request that a tag brought, as the kernel describes it. Zeroes for tags that there are not.
     pub fn descriptor(&self, tag: u16) -> IoDescriptor {
-        let Some(descriptors) = self.descriptors.as_ref().filter(|_| tag < self.options.depth) else {
-            return IoDescriptor::default();
-        };
-        let at = descriptors.start.as_ptr().cast::<IoDescriptor>().wrapping_add(usize::from(tag));
-        // SAFETY: inside the mapping, which holds `depth` descriptors, each 8-byte aligned (the mapping begins on a page,
-        // a descriptor has 24 bytes) and valid with any bits; volatile, because the driver may write meanwhile.
-        unsafe { at.read_volatile() }
+        self.descriptors.as_ref().and_then(|descriptors| descriptors.get(tag)).unwrap_or_default()
     }
 
     /// The buffer of a tag that is ours; empty for others. It begins on a page.
@@ -572,7 +529,7 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         if let Some(index) = self.registered {
-            let _ = update_registered_ring(self.ring.as_raw_fd(), IORING_UNREGISTER_RING_FDS, index, 0);
+            registered::unregister(self.ring.as_raw_fd(), index);
         }
         let in_use = |owner: &Owner| matches!(owner, Owner::Kernel | Owner::Moving);
         if self.owners.iter().any(in_use) {
@@ -586,157 +543,5 @@ fn user_data(tag: u16, kind: u64) -> u64 {
     u64::from(tag) | kind << KIND_SHIFT
 }
 
-/// Registers a ring with its thread, which saves a look-up of its descriptor in each call; `None` where that fails, and
-/// nothing is lost.
-fn register_ring(ring: RawFd) -> Option<u32> {
-    update_registered_ring(ring, IORING_REGISTER_RING_FDS, u32::MAX, ring as u64)
-}
-
-/// Registers a ring, or takes it back; returns its index.
-fn update_registered_ring(ring: RawFd, operation: libc::c_uint, index: u32, data: u64) -> Option<u32> {
-    /// `struct io_uring_rsrc_update`.
-    #[repr(C)]
-    struct Update {
-        offset: u32,
-        reserved: u32,
-        data: u64,
-    }
-    let mut update = Update { offset: index, reserved: 0, data };
-    let pointer: *mut Update = &mut update;
-    // SAFETY: the kernel reads and writes one struct io_uring_rsrc_update, which `update` is.
-    let result = unsafe { libc::syscall(libc::SYS_io_uring_register, ring, operation, pointer, 1) };
-    (result == 1).then_some(update.offset)
-}
-
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-    use std::os::fd::AsFd;
-
-    use super::*;
-
-    const OPTIONS: QueueOptions = QueueOptions {
-        queue: 0,
-        depth: 4,
-        buffer_bytes: 8192,
-        transfer: Transfer::Copy,
-        task_run: TaskRun::Deferred,
-    };
-
-    #[test]
-    fn buffers_are_apart_and_ours_until_given_or_lent() {
-        let mut queue = Queue::new(OPTIONS).unwrap();
-        for tag in 0..4 {
-            assert_eq!(queue.buffer_mut(tag).len(), 8192);
-            queue.buffer_mut(tag).fill(tag as u8);
-        }
-        for tag in 0..4 {
-            assert!(queue.buffer_mut(tag).iter().all(|byte| *byte == tag as u8));
-        }
-        let mut lent = queue.lend(2).unwrap();
-        assert!(queue.buffer_mut(2).is_empty() && queue.lend(2).is_none() && queue.commit(2, 0).is_err());
-        lent.fill(7);
-        // From another thread, back by a channel.
-        let lent = std::thread::spawn(move || lent).join().unwrap();
-        queue.take_back(lent);
-        assert_eq!(queue.buffer_mut(2)[8191], 7);
-        assert!(queue.buffer_mut(4).is_empty() && queue.lend(4).is_none() && queue.commit(4, 0).is_err());
-        assert!(queue.commit_read(0, 8193).is_err());
-        assert_eq!(queue.descriptor(0), IoDescriptor::default());
-    }
-
-    #[test]
-    fn a_buffer_of_another_queue_is_not_taken() {
-        let (mut one, mut other) = (Queue::new(OPTIONS).unwrap(), Queue::new(OPTIONS).unwrap());
-        let (lent, foreign) = (one.lend(1).unwrap(), other.lend(1).unwrap());
-        one.take_back(foreign);
-        assert!(one.buffer_mut(1).is_empty());
-        one.take_back(lent);
-        assert!(!one.buffer_mut(1).is_empty());
-    }
-
-    #[test]
-    fn a_lent_buffer_outlives_its_queue() {
-        let mut queue = Queue::new(OPTIONS).unwrap();
-        let mut lent = queue.lend(3).unwrap();
-        drop(queue);
-        lent.fill(1);
-        assert!(lent.iter().all(|byte| *byte == 1));
-    }
-
-    #[test]
-    fn a_file_that_is_not_ublk_ends_all_tags() {
-        for transfer in [Transfer::Copy, Transfer::UserCopy] {
-            let file = tempfile::tempfile().unwrap();
-            let mut queue = Queue::new(QueueOptions { transfer, ..OPTIONS }).unwrap();
-            queue.connect(file.as_fd()).unwrap();
-            assert!(queue.buffer_mut(0).is_empty(), "the kernel's");
-            queue.fetch_all().unwrap();
-            let mut ended = 0;
-            while queue.is_open() {
-                while let Some(event) = queue.next_event().unwrap() {
-                    assert!(matches!(event, Event::Ended(_, libc::EOPNOTSUPP)), "{event:?}");
-                    ended += 1;
-                }
-                if queue.is_open() {
-                    queue.wait().unwrap();
-                }
-            }
-            assert_eq!(ended, 4);
-        }
-    }
-
-    #[test]
-    fn files_are_read_into_buffers_and_errors_are_told() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[9; 6000]).unwrap();
-        let write_only = std::fs::File::options().write(true).open("/dev/null").unwrap();
-        let mut queue = Queue::new(OPTIONS).unwrap();
-        queue.read_file(0, file.as_fd(), 4096, 1000).unwrap();
-        queue.read_file(1, file.as_fd(), 4096, 4096).unwrap();
-        queue.read_file(2, write_only.as_fd(), 0, 4096).unwrap();
-        assert!(queue.buffer_mut(0).is_empty(), "being read into");
-        assert!(queue.read_file(3, file.as_fd(), 0, 8193).is_err());
-        assert!(queue.read_file_into_request(3, file.as_fd(), 0, 4096).is_err(), "no registered pages");
-        let mut events = Vec::new();
-        while events.len() < 3 {
-            queue.wait().unwrap();
-            while let Some(event) = queue.next_event().unwrap() {
-                events.push(event);
-            }
-        }
-        for expected in [Event::Moved(0, 1000), Event::Moved(1, 1904), Event::Moved(2, -libc::EBADF)] {
-            assert!(events.contains(&expected), "{events:?}");
-        }
-        assert!(queue.buffer_mut(0)[..1000].iter().all(|byte| *byte == 9));
-        assert_eq!(queue.buffer_mut(0)[1000], 0);
-    }
-
-    #[test]
-    fn waking_ends_a_wait_each_time() {
-        for task_run in [TaskRun::Deferred, TaskRun::Cooperative] {
-            let mut queue = Queue::new(QueueOptions { task_run, ..OPTIONS }).unwrap();
-            let waker = queue.waker();
-            for _ in 0..3 {
-                let waker = waker.clone();
-                // Several at once are one.
-                std::thread::spawn(move || (0..10).for_each(|_| waker.wake())).join().unwrap();
-                queue.wait().unwrap();
-                assert_eq!(queue.next_event().unwrap(), Some(Event::Woken));
-                assert_eq!(queue.next_event().unwrap(), None);
-            }
-        }
-    }
-
-    #[test]
-    fn numbers_beyond_the_limits_are_refused() {
-        let cases =
-            [(0, 4096), (wire::DEPTH_MAX + 1, 4096), (1, 100), (1, 0), (1, wire::IO_BYTES_MAX + 4096)];
-        for (depth, buffer_bytes) in cases {
-            assert!(
-                Queue::new(QueueOptions { depth, buffer_bytes, ..OPTIONS }).is_err(),
-                "{depth} {buffer_bytes}"
-            );
-        }
-    }
-}
+mod tests;
