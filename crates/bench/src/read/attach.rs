@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail, ensure};
-use loam_attach::ublk::DataPath;
+use loam_attach::ublk::{self, DataPath};
 use loam_block::size::ByteSize;
 use loam_seed::SeedOptions;
 
@@ -88,6 +88,11 @@ fn reference(lab: &mut Lab, kind: Reference, size: u64, queues: u16) -> Result<A
         Reference::FuseLoop => attached = attached.server(BareServer::on_loop(&lab.data(size)?)?),
         Reference::RublkNull | Reference::RublkNullZeroCopy => {
             let zero_copy: &[&str] = if kind == Reference::RublkNull { &[] } else { &["--zero-copy"] };
+            if !zero_copy.is_empty() {
+                // rublk goes on without, and does not say so.
+                let features = ublk::features()?;
+                ensure!(features.zero_copy() && features.auto_buffer(), "this kernel offers no zero copy");
+            }
             attached = attached.rublk(Rublk::start(queues, &[&["null"], zero_copy].concat())?);
             attached.expected = Expected::Anything;
         }
