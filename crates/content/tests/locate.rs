@@ -1,5 +1,7 @@
 //! Where cached chunks say that they lie, to whom, and what they settle.
 
+#![allow(clippy::single_range_in_vec_init, reason = "a list of ranges may have one")]
+
 mod common;
 
 use std::fs;
@@ -75,6 +77,44 @@ async fn unseen_only_what_was_found_right_in_the_file_since_the_start() {
     assert!(device.check(false).await.unwrap().bad_chunks == 0);
     assert_eq!(read_located(&device, 0, LENGTH, Access::Unseen), Some(whole));
     assert_eq!(source.fetches(), 1);
+}
+
+#[tokio::test]
+async fn what_is_fetched_where_somebody_reads_unseen_is_read_back_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::open(dir.path(), plain()).unwrap();
+    let source = Arc::new(Fake::new(LENGTH, CHUNK, true));
+    let device = cache.device("a", source.clone()).unwrap();
+    assert!(!has_location(&device, 0, 4096, Access::Unseen));
+    device.prefetch(&[0..LENGTH as u64], &|_| {}).await.unwrap();
+    stored(&device, LENGTH as u64).await;
+    // The last chunk may be present an instant before it is proven.
+    for _ in 0..2000 {
+        if has_location(&device, 0, LENGTH as u64, Access::Unseen) {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    let hits = cache.stats().hits;
+    assert_eq!(
+        read_located(&device, 4096, 4096, Access::Unseen).as_deref(),
+        Some(&source.original()[4096..8192])
+    );
+    assert_eq!(read_located(&device, 0, LENGTH, Access::Unseen), Some(source.original()));
+    assert_eq!(cache.stats().hits, hits + 2);
+}
+
+#[tokio::test]
+async fn what_is_read_back_does_not_count_as_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::open(dir.path(), plain()).unwrap();
+    let device = cache.device("a", Arc::new(Fake::new(LENGTH, CHUNK, true))).unwrap();
+    assert!(!has_location(&device, 0, 4096, Access::Unseen));
+    device.prefetch(&[0..LENGTH as u64], &|_| {}).await.unwrap();
+    stored(&device, LENGTH as u64).await;
+    read(&device, 65536, 4096).await.unwrap();
+    cache.evict(65536);
+    assert!(has_location(&device, 65536, 4096, Access::Seen), "the one that was read stays");
 }
 
 #[tokio::test]

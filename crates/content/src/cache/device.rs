@@ -171,7 +171,8 @@ impl BlockDevice for CachedDevice {
         Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
     }
 
-    /// Of local chunks. Unseen, only those of which every block was read and found right since the cache was opened.
+    /// Of local chunks. Unseen, only blocks that were read from the file and found right since the cache was opened; what is
+    /// stored after the first request for unseen bytes of a content is read back at once.
     fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {
         let store = &self.content.shelf.store;
         if !self.is_whole_blocks(offset, length) {

@@ -222,6 +222,8 @@ impl Content {
             self.shelf.store.drop_run(chunk, 1);
             room.release(size);
             counters.uncached(self.name(), &error.to_string());
+        } else {
+            self.shelf.store.read_back(chunk);
         }
     }
 }

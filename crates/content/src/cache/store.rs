@@ -69,6 +69,8 @@ pub(crate) struct Store {
     sums: Paged<AtomicU32, SUM_PAGE>,
     /// In memory alone.
     proofs: Proofs,
+    /// Somebody asked for bytes that he would not see.
+    unseen_wanted: AtomicBool,
     files: OnceLock<Files>,
     /// The filesystem refused RWF_NOWAIT: reads go to a thread that may block.
     no_nowait: AtomicBool,
@@ -138,6 +140,7 @@ impl Store {
             states: Paged::new(shape.chunks()),
             sums: Paged::new(shape.blocks()),
             proofs: Proofs::new(shape.blocks()),
+            unseen_wanted: AtomicBool::new(false),
             files: OnceLock::new(),
             no_nowait: AtomicBool::new(false),
         }
@@ -286,6 +289,10 @@ impl Store {
     /// opened.
     pub(crate) fn locate_unseen(&self, offset: u64, length: u64) -> Option<(BorrowedFd<'_>, Generation)> {
         let files = self.files.get()?;
+        // A store only where it changes something: the line stays shared between cores.
+        if !self.unseen_wanted.load(Ordering::Relaxed) {
+            self.unseen_wanted.store(true, Ordering::Relaxed);
+        }
         self.proofs.proven(&blocks_of(offset, length)).map(|seen| (files.data.as_fd(), seen))
     }
 
@@ -329,6 +336,15 @@ impl Store {
 
     /// Checks bytes of chunks that were present after `seen` was seen, and read after that.
     fn verify(&self, offset: u64, buffer: &[u8], seen: Generation) -> Local {
+        let local = self.prove(offset, buffer, seen);
+        if local == Local::Hit {
+            self.note_accessed(offset, buffer.len() as u64);
+        }
+        local
+    }
+
+    /// The same without their counting as read.
+    fn prove(&self, offset: u64, buffer: &[u8], seen: Generation) -> Local {
         let blocks = blocks_of(offset, buffer.len() as u64);
         for (block, bytes) in blocks.clone().zip(buffer.chunks_exact(BLOCK)) {
             let Some(sum) = self.sums.get(block) else { return Local::Slow };
@@ -339,7 +355,6 @@ impl Store {
             }
         }
         self.proofs.prove(&blocks, seen);
-        self.note_accessed(offset, buffer.len() as u64);
         Local::Hit
     }
 
@@ -409,6 +424,20 @@ impl Store {
             self.change_state(chunk, |state| state.fetch_and(!PRESENT, Ordering::Release));
         }
         stored
+    }
+
+    /// Reads back a chunk that was just stored, where somebody wants bytes that he does not see: what is fetched ahead of
+    /// readers is theirs to have from the first read on. What cannot be read now is found out by who reads it. Blocks.
+    pub(crate) fn read_back(&self, chunk: u64) {
+        let Some(files) = self.files.get().filter(|_| self.unseen_wanted.load(Ordering::Relaxed)) else {
+            return;
+        };
+        let (start, length) = (self.shape.start(chunk), self.shape.bytes_of(chunk));
+        let seen = self.proofs.generation(&blocks_of(start, length));
+        let mut bytes = vec![0; length as usize];
+        if self.is_present(chunk) && files.data.read_exact_at(&mut bytes, start).is_ok() {
+            self.prove(start, &bytes, seen);
+        }
     }
 
     /// Forgets chunks, gives their room back, and says how many bytes were present. Who calls keeps flights of these
