@@ -174,6 +174,19 @@ pub fn attach(
     }))
 }
 
+/// Removes what a process left that died in [`attach`], which it began as `id` ([`ublk::Options::id`]); the loop transport
+/// leaves nothing then. Returns whether there was anything.
+///
+/// # Errors
+/// As [`SavedState::remove`].
+pub fn remove_lost(id: u64) -> Result<bool> {
+    match ublk::lost(id) {
+        Ok(Some(state)) => ublk::remove(&state),
+        Ok(None) | Err(Error::Unavailable { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Goes on serving an attachment whose process has gone. Every read that it left unanswered is answered now. Blocks.
 ///
 /// # Errors

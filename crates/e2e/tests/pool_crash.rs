@@ -163,6 +163,46 @@ fn an_add_that_is_killed_at_any_point_leaves_nothing_or_all_of_the_image() {
 }
 
 #[test]
+fn an_up_whose_daemon_is_killed_at_any_point_comes_up_all_the_same() {
+    const POINTS: u32 = 16;
+    let loam = Loam::new();
+    loam.run(["init", "--local-size", "1GiB"]).ok();
+    let whole = loam.run(["up"]).elapsed;
+    loam.run(["down"]).ok();
+    let mut killed = 0;
+    for point in 0..POINTS {
+        let mut coming = loam.spawn(["up"]);
+        std::thread::sleep(whole * (point + 1) / POINTS);
+        for pid in daemons(&loam) {
+            killed += 1;
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        assert!(coming.wait().unwrap().success(), "killed at point {point} of {POINTS}");
+        let mount = loam.mount();
+        let table = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounts = table.lines().filter(|line| line.split(' ').nth(1) == mount.to_str()).count();
+        assert_eq!(mounts, 1, "killed at point {point} of {POINTS}");
+        loam.run(["ls"]).ok();
+        loam.run(["down"]).ok();
+    }
+    eprintln!("{killed} daemons were killed at {POINTS} points; one up takes {whole:?}");
+    assert!(killed > POINTS / 2, "{killed} kills only: the test tests little");
+}
+
+/// This pool's daemons.
+fn daemons(loam: &Loam) -> Vec<rustix::process::Pid> {
+    let pool = loam.pool().display().to_string();
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_daemon = |pid: &i32| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split('\0').collect();
+        words.contains(&"daemon") && words.contains(&"internal") && words.contains(&pool.as_str())
+    };
+    pids.filter(is_daemon).filter_map(rustix::process::Pid::from_raw).collect()
+}
+
+#[test]
 fn a_container_that_is_written_to_keeps_its_data_over_kills() {
     let (loam, server) = (Loam::up(), FileServer::start());
     let root = loam.path("root");

@@ -82,6 +82,11 @@ impl PoolDirectory {
         self.run().join("attach.json")
     }
 
+    /// The name of a device that is being attached, while `attach_state` does not have it yet.
+    pub fn attaching(&self) -> PathBuf {
+        self.run().join("attaching")
+    }
+
     /// Held by who mounts or unmounts the pool's filesystem.
     pub fn mount_lock(&self) -> PathBuf {
         self.run().join("mount.lock")

@@ -72,11 +72,35 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
     } else if let Some(mut local) = find_local(config)? {
         local.detach().step(|| "detaching the local device".to_owned())?;
     }
+    remove_lost(directory)?;
     bundle::remove_stale_state(directory)?;
     for path in [directory.attach_state(), directory.control_socket(), directory.failure()] {
         remove_if_there(&path)?;
     }
     Ok(())
+}
+
+/// Chooses a name for a device and notes it, for [`tear_down`] to find the device by if this process dies before the
+/// attachment's state is written.
+pub(crate) fn begin_attaching(directory: &PoolDirectory) -> Result<u64> {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    let id = high ^ low;
+    write_atomic(&directory.attaching(), id.to_string().as_bytes())?;
+    Ok(id)
+}
+
+/// Removes the device of a daemon that died while it attached it.
+fn remove_lost(directory: &PoolDirectory) -> Result<()> {
+    let path = directory.attaching();
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::step(format!("reading {}", path.display()), error)),
+    };
+    let bad = |error: std::num::ParseIntError| Error::BadFile { path: path.clone(), why: error.to_string() };
+    transport::remove_lost(text.parse().map_err(bad)?)
+        .step(|| "removing a device that was being attached".to_owned())?;
+    remove_if_there(&path)
 }
 
 /// Whether the pool is mounted and its reads wait for a server that is not there: then neither readers nor unmounting

@@ -12,10 +12,10 @@ use loam_block::BlockDevice;
 use tokio::runtime::Handle;
 
 use crate::config::{Config, EngineChoice, LocalDevice, TransportChoice};
-use crate::directory::PoolDirectory;
+use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::launch::UpOptions;
-use crate::state::{AttachState, find_local, tear_down};
+use crate::state::{AttachState, begin_attaching, find_local, tear_down};
 
 /// Takes over the attachment of a daemon that died, or makes a new one after removing what a dead one left.
 pub(super) fn attach(
@@ -25,7 +25,7 @@ pub(super) fn attach(
     device: Arc<dyn BlockDevice>,
     store: &FdStore,
 ) -> Result<(Attachment, AttachState)> {
-    let how = transport_options(options);
+    let mut how = transport_options(options);
     if let Some(state) = AttachState::load(directory)?
         && let Some(taken) = take_over(directory, options.transport, &how, device.clone(), store, state)?
     {
@@ -33,6 +33,7 @@ pub(super) fn attach(
     }
     tear_down(directory, config)?;
     let transport = choose(options.transport)?;
+    how.ublk.id = Some(begin_attaching(directory)?);
     let attachment = transport::attach(transport, device, Handle::current(), &how, store)
         .map_err(|error| advised("attaching the virtual device".to_owned(), error))?;
     let state = AttachState {
@@ -42,6 +43,7 @@ pub(super) fn attach(
         restarts: 0,
     };
     state.save(directory)?;
+    remove_if_there(&directory.attaching())?;
     Ok((attachment, state))
 }
 
