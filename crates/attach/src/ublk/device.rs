@@ -166,9 +166,10 @@ impl Device {
 
     fn find_affinities(&mut self, options: &Options) -> Result<()> {
         if options.pin {
-            for (queue, processors) in (0..).zip(&mut self.affinities) {
-                *processors = self.control.queue_affinity(self.id, queue)?;
-            }
+            let queues = 0..self.state.queues;
+            let origins: loam_sys::Result<Vec<_>> =
+                queues.map(|queue| self.control.queue_affinity(self.id, queue)).collect();
+            self.affinities = place(origins?);
         }
         Ok(())
     }
@@ -256,6 +257,14 @@ impl Drop for Device {
             }
         }
     }
+}
+
+/// Where the queues' threads are to run, for the processors that each queue's requests come from. Of several there is
+/// one beside the reader's. Where it is one alone, the next queue's is taken: reader and server then work at the same
+/// time, and neither's address space is exchanged for the other's with each request.
+fn place(origins: Vec<Vec<usize>>) -> Vec<Vec<usize>> {
+    let next = origins.iter().cycle().skip(1);
+    origins.iter().zip(next).map(|(own, next)| if own.len() > 1 { own } else { next }.clone()).collect()
 }
 
 fn pid() -> i32 {
@@ -438,6 +447,15 @@ mod tests {
         let parameters = parameters(&geometry(7 << 60), 4096, 8192, DataPath::Copy);
         assert_eq!((parameters.basic.sectors_max, parameters.basic.sectors), (16, 7 << 51));
         assert_eq!(parameters.basic.attributes, attribute::READ_ONLY);
+    }
+
+    #[test]
+    fn a_server_runs_beside_its_reader() {
+        assert_eq!(place(vec![vec![0], vec![1], vec![2]]), [[1], [2], [0]]);
+        assert_eq!(place(vec![vec![0, 1], vec![2, 3]]), [[0, 1], [2, 3]]);
+        assert_eq!(place(vec![vec![0]]), [[0]]);
+        // A queue that no processor uses.
+        assert_eq!(place(vec![vec![0], vec![]]), [vec![], vec![0]]);
     }
 
     #[test]
