@@ -15,6 +15,7 @@ const LEFT: i32 = 300;
 /// Where the longest bar ends: left of its value.
 const RIGHT: i32 = WIDTH - 110;
 const BAR: RGBColor = RGBColor(88, 129, 87);
+const REFERENCE: RGBColor = RGBColor(170, 170, 170);
 /// Parts of a stacked bar.
 const PARTS: [RGBColor; 4] =
     [RGBColor(88, 129, 87), RGBColor(188, 108, 37), RGBColor(106, 125, 160), RGBColor(150, 150, 150)];
@@ -65,13 +66,23 @@ pub(crate) fn bars(comparison: &Comparison) -> Result<String> {
 
 /// Horizontal bars with whiskers; `show` makes a value text.
 pub(crate) fn whiskers(bars: &[Bar], show: impl Fn(f64) -> String) -> Result<String> {
+    whiskers_beside(bars, &[], show)
+}
+
+/// The same; those with a label of `references`, which the others are compared with, are grey.
+pub(crate) fn whiskers_beside(
+    bars: &[Bar],
+    references: &[String],
+    show: impl Fn(f64) -> String,
+) -> Result<String> {
     let longest = bars.iter().map(|bar| bar.maximum).fold(0.0, f64::max);
     let position = scale(longest);
     picture(2 * MARGIN + ROW * bars.len() as i32, |area| {
         for (row, bar) in (0..).zip(bars) {
             let middle = MARGIN + ROW * row + ROW / 2;
             let corners = [(LEFT, middle - ROW / 3), (position(bar.median), middle + ROW / 3)];
-            area.draw(&Rectangle::new(corners, BAR.filled()))?;
+            let color = if references.contains(&bar.label) { REFERENCE } else { BAR };
+            area.draw(&Rectangle::new(corners, color.filled()))?;
             let whisker = [(position(bar.minimum), middle), (position(bar.maximum), middle)];
             area.draw(&PathElement::new(whisker, BLACK))?;
             for end in [bar.minimum, bar.maximum].map(&position) {

@@ -105,7 +105,11 @@ pub(crate) fn show(metric: &str, value: f64) -> String {
     if metric.ends_with("_us") {
         return format!("{value:.1} us");
     }
-    if value >= 10_000.0 { format!("{:.1} k", value / 1e3) } else { format!("{value:.2}").replace(".00", "") }
+    match value {
+        10_000.0.. => format!("{:.1} k", value / 1e3),
+        1_000.0.. => format!("{:.2} k", value / 1e3),
+        _ => format!("{value:.2}").replace(".00", ""),
+    }
 }
 
 /// What text means in HTML.
