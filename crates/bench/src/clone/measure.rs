@@ -1,5 +1,6 @@
 //! One case from an empty filesystem to its figures: create, commit, snapshot, overwrite, mount again, read, check.
 
+use std::fmt;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
@@ -39,6 +40,12 @@ struct Sample {
     file: u64,
     /// In the file, bytes.
     offset: u64,
+}
+
+impl fmt::Display for Sample {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "file {}, byte {}", self.file, self.offset)
+    }
 }
 
 /// Runs one case.
@@ -269,7 +276,7 @@ fn check(
         let file = open_in(&container(0), filesystem, point, sample, OFlags::RDONLY)?;
         let mut block = vec![0; BLOCK as usize];
         file.read_exact_at(&mut block, sample.offset)?;
-        ensure!(block == overwritten_block(sample), "{sample:?} does not hold what was written");
+        ensure!(block == overwritten_block(sample), "{sample}: this is not what was written");
         let beside = Sample { offset: (sample.offset + BLOCK) % CLONE_BYTES, ..sample };
         let is_written = |other: &Sample| (other.file, other.offset) == (beside.file, beside.offset);
         if !overwritten.iter().any(is_written) {
@@ -285,17 +292,14 @@ fn check_virtual(point: &Point, virtual_data: &File, sample: Sample, block: &[u8
     let address = point.address(sample.file) + sample.offset;
     let mut expected = vec![0; BLOCK as usize];
     virtual_data.read_exact_at(&mut expected, address)?;
-    ensure!(block == expected, "{sample:?} does not read as address {address} of the virtual region");
+    ensure!(block == expected, "{sample}: these are not the bytes of address {address}");
     // mkfs decides where a file's blocks lie, so there the pattern only has to be one.
     let place = match point.layout {
         Layout::SmallExtents => block.first_chunk().map_or(0, |word| u64::from_be_bytes(*word)),
         _ => address,
     };
-    ensure!(
-        place.is_multiple_of(BLOCK),
-        "{sample:?}: a block that begins with {place} is not of the pattern"
-    );
-    PatternDevice::verify(place, block).with_context(|| format!("{sample:?}"))
+    ensure!(place.is_multiple_of(BLOCK), "{sample}: a block that begins with {place} is not of the pattern");
+    PatternDevice::verify(place, block).with_context(|| sample.to_string())
 }
 
 fn insert_percentiles(name: &str, mut times: Vec<Duration>, metrics: &mut Metrics) {
