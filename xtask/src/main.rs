@@ -23,11 +23,15 @@ Usage: cargo xtask TASK [OPTIONS]
   setup                    install what the tests and the demo need (Debian, root)
   test [--unit|--e2e|--vm] [--kernel 6.12|7.2] [--release] [FILTER...]
                            format, lints, docs, tidy, unit tests, then the end-to-end tests (root): on this
-                           machine's kernel, and in virtual machines with stock kernels (only there: --vm)
+                           machine's kernel, and in virtual machines with stock kernels (only there: --vm);
+                           FILTER: a part of a test's name, or nextest's expressions, 'binary(pool_life)'
   demo [--quick]           everything a user gets, on a real image (root); --quick: a busybox image
   image                    only make the demo's image, and print its path (root)
   bench [--quick] [--rounds=N] [start|seed|read]...
                            the figures of docs/benchmarks (root)
+  bench read --vm [--kernel 6.12|7.2] [OPTIONS]
+                           local reads where ublk and RAM disks are, beside rublk; OPTIONS of `loam bench read`
+                           as --NAME=VALUE
   vm [--kernel 6.12|7.2] [--memory 4G] [--timeout SECONDS] [--share DIR] -- COMMAND...
                            run a command in a virtual machine with a stock kernel (root); DIR is its /share,
                            and what it changes there comes back

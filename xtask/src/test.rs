@@ -37,7 +37,7 @@ fn parse(arguments: &[String]) -> Result<Options> {
             "--kernel" => options.kernels = vec![words.next().context("--kernel what?")?.parse()?],
             "--release" => options.release = true,
             option if option.starts_with('-') => bail!("unknown option '{option}'"),
-            filter => options.filters.push(filter.to_string()),
+            filter => options.filters.extend(["-E".into(), filterset(filter)]),
         }
     }
     match chosen[..] {
@@ -48,6 +48,11 @@ fn parse(arguments: &[String]) -> Result<Options> {
         _ => bail!("--unit, --e2e and --vm exclude each other"),
     }
     Ok(options)
+}
+
+/// A part of a test's name, or an expression of nextest's (`binary(pool_life)`), as an expression.
+fn filterset(filter: &str) -> String {
+    if filter.contains('(') { filter.to_string() } else { format!("test({filter})") }
 }
 
 /// The task. Returns the exit code of the first step that failed.
@@ -131,4 +136,25 @@ fn step(
     eprintln!("test: {name} failed: {}", describe(&command));
     let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     Ok(Some(ExitCode::from(code)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Version, parse};
+
+    fn words(line: &str) -> Vec<String> {
+        line.split(' ').map(str::to_string).collect()
+    }
+
+    #[test]
+    fn everything_runs_unless_a_part_is_chosen() {
+        let all = parse(&[]).unwrap();
+        assert!(all.unit && all.host && all.kernels == Version::ALL);
+        let machine = parse(&words("--vm --kernel 6.12 recovery binary(pool_life)")).unwrap();
+        assert!(!machine.unit && !machine.host && machine.kernels == [Version::V6_12]);
+        assert_eq!(machine.filters, ["-E", "test(recovery)", "-E", "binary(pool_life)"]);
+        assert!(parse(&words("--unit")).unwrap().kernels.is_empty());
+        assert!(parse(&words("--unit --vm")).is_err());
+        assert!(parse(&words("--vm --kernel 5.4")).is_err());
+    }
 }

@@ -112,7 +112,7 @@ fn binary() -> Result<PathBuf> {
 }
 
 /// A copy without debug information: the folder is packed and carried over at each run.
-fn strip(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn strip(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
         fs::create_dir_all(parent)?;
     }
