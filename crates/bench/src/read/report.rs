@@ -150,7 +150,9 @@ fn charts(machine: &Machine<'_>, setting: &str) -> Result<String> {
             })
         })
         .collect();
-    page.push_str(&chart::whiskers(&bars, |rate| show("iops", rate))?);
+    let references: Vec<String> =
+        cells.iter().filter(|cell| !cell.is_loam()).map(|cell| machine.label(cell)).collect();
+    page.push_str(&chart::whiskers_beside(&bars, &references, |rate| show("iops", rate))?);
     let curves: Vec<Curve> = cells
         .iter()
         .map(|cell| Curve {
