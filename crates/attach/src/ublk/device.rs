@@ -31,6 +31,8 @@ const SIZE_MAX: u64 = i64::MAX as u64 - 4095;
 const DMA_MASK: u32 = 511;
 /// How long the process that served before may take to be gone.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long udev may take to give a new device to the user who made it.
+const ACCESS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between looks at what another process does.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -128,6 +130,7 @@ impl Device {
         control.add(&mut info)?;
         let mut device = Device::new(control, &info, geometry.size)?;
         device.is_draft = true;
+        device.wait_for_access()?;
         device.find_affinities(options)?;
         let parameters = parameters(geometry, options.block_size, info.io_bytes_max, device.state.data_path);
         device.control.set_parameters(device.id, &parameters)?;
@@ -162,6 +165,22 @@ impl Device {
         let flags = info.flags;
         let (is_draft, is_gone) = (false, false);
         Ok(Device { control, id, flags, state, affinities, is_draft, is_gone })
+    }
+
+    /// The kernel checks the permissions of the character device of an unprivileged device with each command, and udev
+    /// sets them when it has heard of it.
+    fn wait_for_access(&self) -> Result<()> {
+        let path = self.id.server_path();
+        let wanted = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;
+        let end = Instant::now() + ACCESS_TIMEOUT;
+        let access = || if self.id.unprivileged { rustix::fs::access(path.as_str(), wanted) } else { Ok(()) };
+        while let Err(error) = access() {
+            if Instant::now() >= end {
+                return Err(loam_sys::Error::new("access", path, error).into());
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     fn find_affinities(&mut self, options: &Options) -> Result<()> {
