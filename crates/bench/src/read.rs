@@ -45,7 +45,7 @@ pub(crate) struct Options {
     preset: Preset,
     #[command(flatten)]
     lists: Lists,
-    /// ENGINE:JOBS[xDEPTH][:buffered] with the engines psync, io_uring, mmap [default: those of the preset].
+    /// `ENGINE:JOBS[xDEPTH][:buffered]` with the engines psync, io_uring, mmap [default: those of the preset].
     #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
     workload: Vec<Workload>,
     /// Bytes that are read of each target [default: 256MiB; with --quick 64MiB]. Each copy of them takes memory.

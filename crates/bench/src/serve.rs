@@ -38,7 +38,7 @@ pub(crate) struct Options {
     /// How the kernel gets the device.
     #[arg(long, value_enum)]
     pub(crate) transport: Transport,
-    /// pattern:SIZE, memory:PATH, file:PATH[,direct] or cache:DIRECTORY,FILE.
+    /// `pattern:SIZE`, `memory:PATH`, `file:PATH[,direct]` or `cache:DIRECTORY,FILE`.
     #[arg(long)]
     pub(crate) content: Content,
     /// Serve a virtual device: this image below 1 TiB, and above it the content, in quarters over the whole region.
