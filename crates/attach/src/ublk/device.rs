@@ -239,7 +239,9 @@ impl Device {
     /// Opens the character device; one process at a time can.
     fn open_server(&self) -> loam_sys::Result<OwnedFd> {
         let path = self.id.server_path();
-        let opened = File::options().read(true).write(true).open(&path);
+        // Else io_uring takes writes to it for ones that block, and hands each to a worker thread.
+        let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+        let opened = File::options().read(true).write(true).custom_flags(flags).open(&path);
         opened.map(OwnedFd::from).map_err(|error| loam_sys::Error::new("open", path, error))
     }
 
