@@ -123,7 +123,7 @@ fn what_lies_in_files_reads_right_by_every_data_path() {
             let device: Arc<dyn BlockDevice> = match direct {
                 None => Arc::new(FileDevice::pattern_in_memory(SIZE).unwrap()),
                 Some(direct) => {
-                    let options = FileOptions { read_only: true, direct, ..FileOptions::default() };
+                    let options = FileOptions { read_only: true, direct };
                     Arc::new(FileDevice::open(&path, options).unwrap())
                 }
             };
