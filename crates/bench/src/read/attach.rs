@@ -160,7 +160,11 @@ fn loam(lab: &mut Lab, target: &LoamTarget) -> Result<Attached> {
     }
     options.content = content(lab, target.source, size)?;
     let layout = match target.layout {
-        Layout::Raw => return Ok(Attached::new("").server(Server::start(&options)?)),
+        Layout::Raw => {
+            let attached = Attached::new("").server(Server::start(&options)?);
+            lab.settle()?;
+            return Ok(attached);
+        }
         Layout::Single => loam_seed::Layout::Single,
         Layout::MegaExtent => loam_seed::Layout::MegaExtent,
         Layout::Pair | Layout::SmallExtents => loam_seed::Layout::Pair,
@@ -170,6 +174,8 @@ fn loam(lab: &mut Lab, target: &LoamTarget) -> Result<Attached> {
     options.prefix = Some(virtual_image);
     options.virtual_size = Some(target.virtual_size);
     let mut attached = Attached::new("").server(Server::start(&options)?);
+    // A cache has just been filled, the first time.
+    lab.settle()?;
     let file = Path::new(SUBVOLUME).join(DATA);
     if layout != loam_seed::Layout::Pair {
         let limit = layout.kernel_limit(virtual_size);

@@ -94,6 +94,11 @@ impl Lab {
         Ok((self.disk.path().join(format!("cache-{size}")), self.data(size)?))
     }
 
+    /// Writes out what was written to the disk, so that the kernel does not do so while something is measured.
+    pub(super) fn settle(&self) -> Result<()> {
+        Ok(rustix::fs::syncfs(fs::File::open(self.disk.path())?)?)
+    }
+
     /// A btrfs with the data in it, as an image on tmpfs.
     pub(super) fn btrfs_image(&mut self, size: u64) -> Result<PathBuf> {
         let directory = self.mount_point();
