@@ -46,7 +46,7 @@ impl Transport {
             Transport::Ublk => Err(Error::Unavailable {
                 transport: "ublk",
                 why: "a device would not outlive its server (UBLK_F_USER_RECOVERY_REISSUE)".into(),
-                hint: "it is in Linux 6.1 and later; --transport loop works without",
+                hint: "a newer kernel has it; --transport loop works without",
             }),
         }
     }

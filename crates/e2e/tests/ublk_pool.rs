@@ -117,9 +117,9 @@ impl Drop for Elsewhere {
 #[test]
 fn a_pool_lives_on_ublk_and_leaves_nothing() {
     let before = devices();
-    let (loam, _server, large) = with_image(&["--queues", "3"]);
+    let (loam, _server, large) = with_image(&["--queues", "1"]);
     let status = loam.status();
-    assert_eq!((&status["transport"], &status["queues"]), (&"ublk".into(), &3.into()), "{status}");
+    assert_eq!((&status["transport"], &status["queues"]), (&"ublk".into(), &1.into()), "{status}");
     assert!(device(&loam).display().to_string().starts_with("/dev/ublkb"), "{status}");
     assert!(read_direct(&large).unwrap() == tarball::noise(1, LARGE));
     for _ in 0..2 {
@@ -131,7 +131,7 @@ fn a_pool_lives_on_ublk_and_leaves_nothing() {
     curl.args(["-sSf", "--unix-socket"]).arg(socket).arg("http://pool/metrics");
     let metrics = tarball::must(&mut curl);
     assert!(
-        metrics.contains("transport=\"ublk\"") && metrics.contains("loam_transport_queues 3"),
+        metrics.contains("transport=\"ublk\"") && metrics.contains("loam_transport_queues 1"),
         "{metrics}"
     );
     for _ in 0..2 {

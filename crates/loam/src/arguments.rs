@@ -178,7 +178,8 @@ pub(crate) struct Serve {
     /// How the kernel gets the blocks.
     #[arg(long, value_enum, default_value_t, env = "LOAM_TRANSPORT")]
     pub(crate) transport: Transport,
-    /// Threads that serve the kernel [default: one for each processor, at most 4].
+    /// Threads that serve the kernel [default: one for each processor, at most 4]. ublk takes no more than there are
+    /// processors.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) queues: Option<u16>,
     /// How bytes get from ublk to the kernel.
@@ -191,7 +192,7 @@ pub(crate) enum Transport {
     /// ublk where the kernel has it and can recover it, else loop; run/daemon.log in the pool says which and why.
     #[default]
     Auto,
-    /// A ublk device: the fast one. Needs the driver (modprobe ublk_drv; Linux 6.1 and newer).
+    /// A ublk device: the fast one. Needs the driver (modprobe ublk_drv; Linux 6.5 and newer).
     Ublk,
     /// A FUSE file under a loop device: slower, on every kernel.
     Loop,
@@ -202,11 +203,11 @@ pub(crate) enum DataPath {
     /// What was measured to be fastest of those that the kernel has.
     #[default]
     Auto,
-    /// The driver copies between the request and a buffer of the daemon's.
+    /// The driver copies from a buffer of the daemon's into the request.
     Copy,
-    /// The daemon copies, by reading and writing the ublk device (Linux 6.6 and newer).
+    /// The daemon writes into the request (Linux 6.5 and newer).
     UserCopy,
-    /// The kernel moves cached bytes into the request itself (Linux 6.15 and newer).
+    /// The kernel reads cached bytes into the request itself (Linux 6.16 and newer).
     ZeroCopy,
 }
 
