@@ -129,7 +129,7 @@ pub(crate) enum Command {
         command: Seed,
     },
     /// Measure, beside the peers.
-    Bench(loam_bench::Arguments),
+    Bench(Box<loam_bench::Arguments>),
     /// Processes that loam starts itself.
     #[command(hide = true)]
     Internal {

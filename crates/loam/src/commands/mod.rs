@@ -29,7 +29,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let context = Context { client: Client::new(&directory), directory, json: arguments.json };
     let command = match arguments.command {
         Command::Internal { command } => return internal::run(&context, command),
-        Command::Bench(options) => return loam_bench::run(options).map(|()| ExitCode::SUCCESS),
+        Command::Bench(options) => return loam_bench::run(*options).map(|()| ExitCode::SUCCESS),
         Command::Seed { command } => return seed::run(&context, command).map(|()| ExitCode::SUCCESS),
         other => other,
     };
