@@ -97,6 +97,14 @@ impl RawFile {
             let context = context() + ": it is neither a regular file nor a block device";
             return Err(Error::new(ErrorKind::Invalid, context));
         };
+        if kind == Kind::InMemory {
+            // tmpfs does not say that its reads do not wait, so io_uring hands each to a worker thread, unless the file
+            // was opened as one that never does. Where a transport reads by a ring that is 1.6 us against 4.
+            let flags =
+                rustix::fs::fcntl_getfl(&file).map_err(|errno| Error::from_os(context(), errno.into()))?;
+            rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK)
+                .map_err(|errno| Error::from_os(context(), errno.into()))?;
+        }
         let raw = RawFile {
             read_only: options.read_only,
             direct: options.direct,
