@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use loam_e2e::{BLOCK, FileServer, Loam, drop_page_cache, read_direct, tarball, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 /// Bytes of the file that is read.
 const LARGE: usize = 4 << 20;
@@ -243,6 +244,8 @@ fn readers_wait_when_everybody_is_dead_and_up_goes_on() {
         kill_everybody(&loam);
         let reader = read_apart(&large, 100 + round);
         assert!(reader.recv_timeout(A_WHILE).is_err(), "who answers, when everybody is dead?");
+        let status = loam.status();
+        assert_eq!((&status["state"], &status["daemon"]), (&"waiting".into(), &Value::Null), "{status}");
         loam.run(["up"]).ok();
         assert!(reader.recv_timeout(PATIENCE).unwrap().unwrap() == expected(100 + round));
         // The same filesystem: what was open still is.
@@ -282,6 +285,7 @@ fn down_after_everybody_died_answers_readers_first() {
     assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     assert_eq!(devices(), before);
     loam.run(["down"]).ok();
+    assert_eq!(loam.status()["state"], "down");
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::config::{Config, EngineChoice, TransportChoice, UnmappedChoice};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::protocol::{CacheStatus, Status, VirtualStatus};
-use crate::state::{tear_down, waits_for_server};
+use crate::state::{tear_down, waiting};
 
 /// How long a daemon may take to answer: it opens map and cache, attaches, and mounts.
 const START_PATIENCE: Duration = Duration::from_secs(120);
@@ -260,7 +260,7 @@ pub async fn down(directory: &PoolDirectory) -> Result<()> {
     }
     ask_down(directory).await?;
     let mut lock = keep_down(directory).await?;
-    if waits_for_server(directory, &config)? {
+    if waiting(directory, &config)?.is_some() {
         drop(lock);
         // Everybody died, and readers wait in the kernel. What they wait for, and what unmounting may need, a daemon has.
         match start(directory, &UpOptions::default()).await {
@@ -344,15 +344,16 @@ pub async fn status(directory: &PoolDirectory) -> Result<Status> {
             None => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     };
+    let left = waiting(directory, &config)?;
     let map = Map::open(directory.map()).step(|| "opening the map".to_owned())?.stats();
     Ok(Status {
         pool: directory.root().to_owned(),
-        state: "down".to_owned(),
-        transport: None,
+        state: if left.is_some() { "waiting" } else { "down" }.to_owned(),
+        transport: left.as_ref().map(|left| left.transport.transport().to_string()),
         queues: None,
         data_path: None,
-        device: None,
-        mount: None,
+        device: left.as_ref().map(|left| left.device.clone()),
+        mount: left.map(|left| left.mount),
         daemon: None,
         r#virtual: VirtualStatus {
             size: config.virtual_size,

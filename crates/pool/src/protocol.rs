@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 pub struct Status {
     /// The pool's directory.
     pub pool: PathBuf,
-    /// "up" or "down".
+    /// "up", "down", or "waiting": it is mounted, and who reads it waits for a daemon, which `loam up` starts.
     pub state: String,
-    /// "ublk" or "loop"; absent when down.
+    /// "ublk" or "loop"; absent when down, as device and mount are.
     pub transport: Option<String>,
     /// Threads that serve the kernel; absent when down.
     pub queues: Option<u16>,

@@ -51,7 +51,7 @@ impl AttachState {
 
 /// Removes whatever a dead daemon left: mount, block devices, the kernel's memory of the devices, sockets. Harmless when
 /// there is nothing. The caller has made sure that no daemon runs. Readers that wait for one get errors: see
-/// [`waits_for_server`]. To be called where there is a runtime.
+/// [`waiting`]. To be called where there is a runtime.
 pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()> {
     if let Some(state) = AttachState::load(directory)? {
         let local = find_local(config)?;
@@ -103,15 +103,16 @@ fn remove_lost(directory: &PoolDirectory) -> Result<()> {
     remove_if_there(&path)
 }
 
-/// Whether the pool is mounted and its reads wait for a server that is not there: then neither readers nor unmounting
-/// can go on before there is one.
-pub(crate) fn waits_for_server(directory: &PoolDirectory, config: &Config) -> Result<bool> {
-    let Some(state) = AttachState::load(directory)? else { return Ok(false) };
-    let attached = || {
-        let found = state.transport.is_attached();
-        found.step(|| format!("looking for {}", state.device.display()))
-    };
-    Ok(state.transport.waits_for_server() && is_mounted(&state, find_local(config)?.as_ref())? && attached()?)
+/// What a pool has whose daemon is gone, where it is mounted and its reads wait for another: then neither readers nor
+/// unmounting can go on before there is one. The caller has made sure that no daemon runs.
+pub(crate) fn waiting(directory: &PoolDirectory, config: &Config) -> Result<Option<AttachState>> {
+    let Some(state) = AttachState::load(directory)? else { return Ok(None) };
+    if !state.transport.waits_for_server() || !is_mounted(&state, find_local(config)?.as_ref())? {
+        return Ok(None);
+    }
+    let attached =
+        state.transport.is_attached().step(|| format!("looking for {}", state.device.display()))?;
+    Ok(attached.then_some(state))
 }
 
 fn devices(state: &AttachState, local: Option<&FileAttachment>) -> [PathBuf; 2] {

@@ -71,7 +71,8 @@ fn describe(status: &Status) -> String {
     let path = |path: &Option<std::path::PathBuf>| {
         path.as_ref().map_or_else(|| "-".to_owned(), |path| path.display().to_string())
     };
-    let _ = writeln!(text, "pool       {} ({})", status.pool.display(), status.state);
+    let waiting = if status.state == "waiting" { " for a daemon: loam up starts one" } else { "" };
+    let _ = writeln!(text, "pool       {} ({}{waiting})", status.pool.display(), status.state);
     let _ = writeln!(
         text,
         "virtual    {} in {} ranges, {} mapped",
