@@ -192,10 +192,21 @@ fn all_layouts_that_this_kernel_takes_come_up_and_the_other_says_why() {
         if comes_up {
             up.ok();
             loam.run(["check"]).ok();
+            // Without it every small write walks the block groups of the virtual region.
+            let options = mount_options(&loam.mount());
+            assert!(options.split(',').any(|option| option == "ssd_spread"), "{layout}: {options}");
         } else {
             assert!(up.fails().contains("chunk"), "{layout}");
         }
     }
+}
+
+/// The filesystem's own options of what is mounted at `path`, as the kernel lists them.
+fn mount_options(path: &std::path::Path) -> String {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let at = |line: &&str| line.split(' ').nth(4) == path.to_str();
+    let line = mounts.lines().find(at).unwrap_or_else(|| panic!("{} is not mounted", path.display()));
+    line.rsplit(' ').next().unwrap().to_owned()
 }
 
 /// Processes of `loam internal` whose command line names this pool's directory.
