@@ -70,7 +70,7 @@ impl Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DataPath {
-    /// What the kernel offers and measured best: [`DataPath::Copy`].
+    /// What measured best: [`DataPath::Copy`]; `docs/decisions/2026-11-21-ublk-raw.md` has the figures.
     #[default]
     Auto,
     /// The device fills a buffer of this process, the driver copies it.
