@@ -91,24 +91,35 @@ pub trait BlockDevice: Send + Sync {
     /// Fills `buffer` from `offset`.
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()>;
 
-    /// Writes all of `data` at `offset`.
-    fn write<'a>(&'a self, offset: u64, data: &'a [u8], flags: WriteFlags) -> Io<'a, ()>;
+    /// Writes all of `data` at `offset`. A device that does not say otherwise is read-only.
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], _flags: WriteFlags) -> Io<'a, ()> {
+        refuse(&self.geometry(), "write", offset, data.len() as u64)
+    }
 
     /// Makes `length` bytes at `offset` read as zeroes.
-    fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Io<'_, ()>;
+    fn write_zeroes(&self, offset: u64, length: u64, _flags: ZeroFlags) -> Io<'_, ()> {
+        refuse(&self.geometry(), "write of zeroes", offset, length)
+    }
 
     /// Says that `length` bytes at `offset` are no longer needed. What they read as afterwards is unspecified, but
     /// it is either the old bytes or zeroes.
-    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()>;
+    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        refuse(&self.geometry(), "trim", offset, length)
+    }
 
     /// Makes everything that was written before survive power loss.
-    fn flush(&self) -> Io<'_, ()>;
+    fn flush(&self) -> Io<'_, ()> {
+        Io::Ready(Ok(()))
+    }
 
     /// The kinds of the bytes from `offset`: at least one extent, the first beginning at `offset`, each adjacent to
     /// the one before, none reaching beyond `offset + length`, and at most `limit` of them. They may end early, at
     /// the limit or where looking further would take long: a caller that wants more asks again from their end.
-    /// `length` is at least 1 (else [`ErrorKind::Invalid`]); a `limit` of 0 counts as 1.
-    fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>>;
+    /// `length` is at least 1 (else [`ErrorKind::Invalid`]); a `limit` of 0 counts as 1. A device that does not say
+    /// otherwise is all data.
+    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
+        Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
+    }
 
     /// Where `length` bytes at `offset` lie in a local file, for a transport that lets the kernel move them. `None`: not
     /// local, not in one piece, out of bounds, empty, or not known: use [`BlockDevice::read`], which says why. Never
@@ -133,6 +144,14 @@ pub trait BlockDevice: Send + Sync {
 /// The longest request that the devices of this crate ask for in one piece, in bytes; the limit that NBD's
 /// specification gives to clients that were told none.
 pub const MAXIMUM_BLOCK: u32 = 32 << 20;
+
+/// The answer of a read-only device to whatever would change it.
+fn refuse(geometry: &Geometry, operation: &str, offset: u64, length: u64) -> Io<'static, ()> {
+    Io::Ready(check_range(geometry, operation, offset, length).and_then(|()| {
+        let context = format!("{operation} of {length} bytes at {offset}: the device is read-only");
+        Err(Error::new(ErrorKind::ReadOnly, context))
+    }))
+}
 
 /// The answer to `extents` of a device that is all of one kind.
 ///

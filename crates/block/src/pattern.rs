@@ -2,11 +2,7 @@
 //! layers, protocols and kernels can be checked without a copy of the data, and a byte that comes from the wrong
 //! place says from where.
 
-use crate::device::whole_device_as;
-use crate::{
-    BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, Result,
-    WriteFlags, ZeroFlags, check_range,
-};
+use crate::{BlockDevice, Capabilities, Error, ErrorKind, Geometry, Io, MAXIMUM_BLOCK, Result, check_range};
 
 const WORD: u64 = 8;
 
@@ -45,14 +41,6 @@ impl PatternDevice {
             format!("byte {at} is {:#04x}, the pattern has {:#04x}{origin}", bytes[wrong], byte_at(at));
         Err(Error::new(ErrorKind::Corrupt, context))
     }
-
-    fn refuse(&self, operation: &str, offset: u64, length: u64) -> Io<'_, ()> {
-        Io::Ready(check_range(&self.geometry, operation, offset, length).and_then(|()| {
-            let context =
-                format!("{operation} of {length} bytes at {offset}: the pattern device is read-only");
-            Err(Error::new(ErrorKind::ReadOnly, context))
-        }))
-    }
 }
 
 fn byte_at(offset: u64) -> u8 {
@@ -88,26 +76,6 @@ impl BlockDevice for PatternDevice {
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
         let checked = check_range(&self.geometry, "read", offset, buffer.len() as u64);
         Io::Ready(checked.map(|()| fill(offset, buffer)))
-    }
-
-    fn write<'a>(&'a self, offset: u64, data: &'a [u8], _flags: WriteFlags) -> Io<'a, ()> {
-        self.refuse("write", offset, data.len() as u64)
-    }
-
-    fn write_zeroes(&self, offset: u64, length: u64, _flags: ZeroFlags) -> Io<'_, ()> {
-        self.refuse("write of zeroes", offset, length)
-    }
-
-    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()> {
-        self.refuse("trim", offset, length)
-    }
-
-    fn flush(&self) -> Io<'_, ()> {
-        Io::Ready(Ok(()))
-    }
-
-    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
-        Io::Ready(whole_device_as(&self.geometry, ExtentKind::Data, offset, length))
     }
 }
 

@@ -4,10 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use loam_block::{
-    BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, Result,
-    WriteFlags, ZeroFlags, whole_device_as,
-};
+use loam_block::{BlockDevice, Capabilities, Error, ErrorKind, Geometry, Io, MAXIMUM_BLOCK, Result};
 
 use crate::directory::PoolDirectory;
 
@@ -39,10 +36,6 @@ impl StandIn {
         let read = prefix.read_exact_at(buffer, offset);
         read.map_err(|error| Error::with_source(ErrorKind::Io, "read of virtual.img", error))
     }
-
-    fn refuse(&self) -> Io<'static, ()> {
-        Io::Ready(Err(Error::new(ErrorKind::ReadOnly, "the virtual device takes no writes")))
-    }
 }
 
 impl BlockDevice for StandIn {
@@ -57,26 +50,6 @@ impl BlockDevice for StandIn {
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
         let checked = loam_block::check_range(&self.geometry, "read", offset, buffer.len() as u64);
         Io::Ready(checked.and_then(|()| self.read_prefix(offset, buffer)))
-    }
-
-    fn write<'a>(&'a self, _offset: u64, _data: &'a [u8], _flags: WriteFlags) -> Io<'a, ()> {
-        self.refuse()
-    }
-
-    fn write_zeroes(&self, _offset: u64, _length: u64, _flags: ZeroFlags) -> Io<'_, ()> {
-        self.refuse()
-    }
-
-    fn trim(&self, _offset: u64, _length: u64) -> Io<'_, ()> {
-        self.refuse()
-    }
-
-    fn flush(&self) -> Io<'_, ()> {
-        Io::Ready(Ok(()))
-    }
-
-    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
-        Io::Ready(whole_device_as(&self.geometry, ExtentKind::Data, offset, length))
     }
 }
 

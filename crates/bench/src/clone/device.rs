@@ -6,10 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use loam_block::{
-    BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, MAXIMUM_BLOCK, PatternDevice, WriteFlags,
-    ZeroFlags, check_range, whole_device_as,
-};
+use loam_block::{BlockDevice, Capabilities, Geometry, Io, MAXIMUM_BLOCK, PatternDevice, check_range};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -90,26 +87,6 @@ impl BlockDevice for SeedDevice {
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
         let checked = check_range(&self.geometry, "read", offset, buffer.len() as u64);
         Io::Ready(checked.and_then(|()| self.fill(offset, buffer)))
-    }
-
-    fn write<'a>(&'a self, offset: u64, data: &'a [u8], flags: WriteFlags) -> Io<'a, ()> {
-        self.pattern.write(offset, data, flags)
-    }
-
-    fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Io<'_, ()> {
-        self.pattern.write_zeroes(offset, length, flags)
-    }
-
-    fn trim(&self, offset: u64, length: u64) -> Io<'_, ()> {
-        self.pattern.trim(offset, length)
-    }
-
-    fn flush(&self) -> Io<'_, ()> {
-        Io::Ready(Ok(()))
-    }
-
-    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
-        Io::Ready(whole_device_as(&self.geometry, ExtentKind::Data, offset, length))
     }
 }
 

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use loam_block::{
-    Access, BlockDevice, Capabilities, Error as BlockError, ErrorKind, Extent, ExtentKind, Geometry, Io,
-    Located, Ticket, WriteFlags, ZeroFlags, check_range, whole_device_as,
+    Access, BlockDevice, Capabilities, Error as BlockError, Geometry, Io, Located, Ticket, check_range,
 };
 
 use super::content::Content;
@@ -112,10 +111,6 @@ impl CachedDevice {
     }
 }
 
-fn read_only<T>() -> Io<'static, T> {
-    Io::Ready(Err(BlockError::new(ErrorKind::ReadOnly, "write to a cached content: it is read-only")))
-}
-
 impl BlockDevice for CachedDevice {
     fn geometry(&self) -> Geometry {
         let shape = self.content.shape();
@@ -149,26 +144,6 @@ impl BlockDevice for CachedDevice {
                 BlockError::with_source(error.kind(), context, error)
             })
         })
-    }
-
-    fn write<'a>(&'a self, _offset: u64, _data: &'a [u8], _flags: WriteFlags) -> Io<'a, ()> {
-        read_only()
-    }
-
-    fn write_zeroes(&self, _offset: u64, _length: u64, _flags: ZeroFlags) -> Io<'_, ()> {
-        read_only()
-    }
-
-    fn trim(&self, _offset: u64, _length: u64) -> Io<'_, ()> {
-        read_only()
-    }
-
-    fn flush(&self) -> Io<'_, ()> {
-        Io::Ready(Ok(()))
-    }
-
-    fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
-        Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
     }
 
     /// Of local chunks. Unseen, only blocks that were read from the file and found right since the cache was opened; what is
