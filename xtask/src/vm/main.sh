@@ -69,7 +69,9 @@ done
 
 [ "$code" -eq 0 ] || dmesg >/dev/console
 if [ -n "$share" ]; then
-    tar -c --xattrs -C /vm/changes/files . >"$(disk results)" && tell results
+    # What was deleted is a character device there; it stays in the host's folder.
+    find /vm/changes/files -type c -delete
+    tar -c -C /vm/changes/files . >"$(disk results)" && tell results
 fi
 sync
 tell "exit $code"

@@ -83,7 +83,8 @@ pub(super) fn disk(directory: &Path) -> Result<PathBuf> {
     }
     let packages = closure(&installed, &roots);
     let mut hasher = DefaultHasher::new();
-    (include_str!("system.rs"), include_str!("main.sh")).hash(&mut hasher);
+    // What is taken beside packages stands in this file.
+    include_str!("system.rs").hash(&mut hasher);
     for name in &packages {
         (name, installed[name.as_str()].get("Version")).hash(&mut hasher);
     }
