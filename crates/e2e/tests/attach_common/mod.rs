@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use loam_block::{
     BlockDevice, Capabilities, Error, ErrorKind, Extent, Geometry, Io, PatternDevice, WriteFlags, ZeroFlags,
@@ -139,8 +139,21 @@ pub fn read_pattern(file: &File, offset: u64, buffer: &mut Aligned) -> std::io::
     PatternDevice::verify(offset, buffer.bytes()).map_err(std::io::Error::other)
 }
 
-/// Descriptors and threads that this process has.
+/// How long the counts of [`resources`] have to stay the same.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Descriptors and threads that this process has, once they stay the same: the kernel lists a thread that has been
+/// joined for a moment longer.
 pub fn resources() -> (usize, usize) {
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
-    (count("/proc/self/fd"), count("/proc/self/task"))
+    let counts = || (count("/proc/self/fd"), count("/proc/self/task"));
+    let (mut seen, mut since) = (counts(), Instant::now());
+    while since.elapsed() < SETTLE {
+        std::thread::sleep(SETTLE / 10);
+        let now = counts();
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+    }
+    seen
 }
