@@ -16,7 +16,7 @@ use attach_common::{Aligned, HUGE, TestDevice, VIRTUAL_BASE, open_direct, read_p
 use loam_attach::holder::FdStore;
 use loam_attach::{AttachOptions, Error, FileAttachment, FileOptions, LoopTransport};
 use loam_block::BlockDevice;
-use loam_e2e::require_root;
+use loam_e2e::{require_root, wait_until};
 
 #[test]
 fn a_device_of_four_exbibytes_reads_right_and_detaches_without_a_trace() {
@@ -165,8 +165,10 @@ fn misses_do_not_stand_before_hits() {
             miss.join().unwrap().unwrap();
         }
     });
+    // A miss is counted as over just after its reader was answered.
+    wait_until("no miss waits", Duration::from_secs(2), || attachment.stats().waiting == 0);
     let stats = attachment.stats();
-    assert!(stats.misses >= 32 && stats.waiting == 0, "{stats:?}");
+    assert!(stats.misses >= 32, "{stats:?}");
     attachment.detach(&FdStore::none()).unwrap();
 }
 

@@ -14,7 +14,7 @@ use attach_common::{Aligned, HUGE, TestDevice, VIRTUAL_BASE, open_direct, read_p
 use loam_attach::fuse::{Engine, ServerOptions};
 use loam_attach::holder::FdStore;
 use loam_attach::{AttachOptions, LoopTransport};
-use loam_e2e::require_root;
+use loam_e2e::{require_root, wait_until};
 
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
@@ -115,8 +115,10 @@ fn everything() {
         }
     });
     drop(file);
+    // A miss is counted as over just after its reader was answered.
+    wait_until("no miss waits", Duration::from_secs(2), || attachment.stats().waiting == 0);
     let stats = attachment.stats();
-    assert!(stats.hits > 100 && stats.misses >= 16 && stats.waiting == 0, "{stats:?}");
+    assert!(stats.hits > 100 && stats.misses >= 16, "{stats:?}");
     assert_eq!(stats.protocol_errors, 0, "{stats:?}");
     attachment.detach(&store).unwrap();
 }
