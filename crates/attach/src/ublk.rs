@@ -70,7 +70,7 @@ pub fn resume(
         return Err(Error::Mismatch(format!("the device has {size} bytes, the attached one {}", state.size)));
     }
     let (control, _) = device::open()?;
-    let found = Device::found(control, state, options)?;
+    let found = Device::found(control, state)?;
     let server = Server::start(device, runtime, options, &found)?;
     let found = found.take_over(&server)?;
     Ok(Attachment { device: Box::new(found), server })

@@ -95,7 +95,6 @@ pub(super) struct Device {
     /// What it was made with, of [`feature`].
     flags: u64,
     state: SavedState,
-    affinities: Vec<Vec<usize>>,
     /// Made by us and not started yet.
     is_draft: bool,
     is_gone: bool,
@@ -131,19 +130,16 @@ impl Device {
         let mut device = Device::new(control, &info, geometry.size)?;
         device.is_draft = true;
         device.wait_for_access()?;
-        device.find_affinities(options)?;
         let parameters = parameters(geometry, options.block_size, info.io_bytes_max, device.state.data_path);
         device.control.set_parameters(device.id, &parameters)?;
         Ok(device)
     }
 
     /// The device of an attachment whose process is gone, or about to be.
-    pub(super) fn found(mut control: Control, state: SavedState, options: &Options) -> Result<Device> {
+    pub(super) fn found(mut control: Control, state: SavedState) -> Result<Device> {
         let gone = || Error::Mismatch(format!("{} is not that attachment", path(state.number).display()));
         let info = find(&mut control, &state)?.ok_or_else(gone)?;
-        let mut device = Device::new(control, &info, state.size)?;
-        device.find_affinities(options)?;
-        Ok(device)
+        Device::new(control, &info, state.size)
     }
 
     fn new(control: Control, info: &DeviceInfo, size: u64) -> Result<Device> {
@@ -161,10 +157,9 @@ impl Device {
             unprivileged,
         };
         let id = DeviceId { number: info.number, unprivileged };
-        let affinities = vec![Vec::new(); usize::from(info.queues)];
         let flags = info.flags;
         let (is_draft, is_gone) = (false, false);
-        Ok(Device { control, id, flags, state, affinities, is_draft, is_gone })
+        Ok(Device { control, id, flags, state, is_draft, is_gone })
     }
 
     /// The kernel checks the permissions of the character device of an unprivileged device with each command, and udev
@@ -179,16 +174,6 @@ impl Device {
                 return Err(loam_sys::Error::new("access", path, error).into());
             }
             std::thread::sleep(POLL);
-        }
-        Ok(())
-    }
-
-    fn find_affinities(&mut self, options: &Options) -> Result<()> {
-        if options.pin {
-            let queues = 0..self.state.queues;
-            let origins: loam_sys::Result<Vec<_>> =
-                queues.map(|queue| self.control.queue_affinity(self.id, queue)).collect();
-            self.affinities = place(origins?);
         }
         Ok(())
     }
@@ -249,10 +234,6 @@ impl Device {
         &self.state
     }
 
-    pub(super) fn affinities(&self) -> &[Vec<usize>] {
-        &self.affinities
-    }
-
     /// Stops and removes the device, unless it is in use.
     pub(super) fn detach(&mut self, server: &mut Server) -> Result<()> {
         if !self.is_gone {
@@ -278,14 +259,6 @@ impl Drop for Device {
             }
         }
     }
-}
-
-/// Where the queues' threads are to run, for the processors that each queue's requests come from. Of several there is
-/// one beside the reader's. Where it is one alone, the next queue's is taken: reader and server then work at the same
-/// time, and neither's address space is exchanged for the other's with each request.
-fn place(origins: Vec<Vec<usize>>) -> Vec<Vec<usize>> {
-    let next = origins.iter().cycle().skip(1);
-    origins.iter().zip(next).map(|(own, next)| if own.len() > 1 { own } else { next }.clone()).collect()
 }
 
 fn pid() -> i32 {
@@ -468,15 +441,6 @@ mod tests {
         let parameters = parameters(&geometry(7 << 60), 4096, 8192, DataPath::Copy);
         assert_eq!((parameters.basic.sectors_max, parameters.basic.sectors), (16, 7 << 51));
         assert_eq!(parameters.basic.attributes, attribute::READ_ONLY);
-    }
-
-    #[test]
-    fn a_server_runs_beside_its_reader() {
-        assert_eq!(place(vec![vec![0], vec![1], vec![2]]), [[1], [2], [0]]);
-        assert_eq!(place(vec![vec![0, 1], vec![2, 3]]), [[0, 1], [2, 3]]);
-        assert_eq!(place(vec![vec![0]]), [[0]]);
-        // A queue that no processor uses.
-        assert_eq!(place(vec![vec![0], vec![]]), [vec![], vec![0]]);
     }
 
     #[test]

@@ -31,9 +31,6 @@ pub struct Options {
     pub block_size: u32,
     /// Make a device that needs no CAP_SYS_ADMIN, with the limits that the module's documentation lists.
     pub unprivileged: bool,
-    /// Keep each queue's thread on the processors whose requests come to that queue or, where that is a single one, on
-    /// that of the next queue; else the scheduler decides.
-    pub pin: bool,
     /// When the kernel's part of completions runs in the queues' threads.
     pub task_run: TaskRun,
 }
@@ -47,7 +44,6 @@ impl Default for Options {
             data_path: DataPath::Auto,
             block_size: 4096,
             unprivileged: false,
-            pin: true,
             task_run: TaskRun::Deferred,
         }
     }

@@ -22,23 +22,14 @@ const ENODEV: i32 = 19;
 /// that always waits (a file past the page cache) then makes no future only to have it dropped.
 const LOCATE_FIRST: u32 = 64;
 
-/// Makes the calling thread one that block I/O depends on, kept on `processors` (none: any).
-pub(super) fn settle_thread(processors: &[usize]) {
+/// Makes the calling thread one that block I/O depends on. Where it runs is the scheduler's choice, which measured best.
+pub(super) fn settle_thread() {
     // Without it, memory reclaim through the device could wait for itself.
     if let Err(error) = loam_sys::process::become_io_flusher() {
         tracing::debug!(%error, "serving block I/O without PR_SET_IO_FLUSHER");
     }
-    let mut set = rustix::thread::CpuSet::new();
-    for processor in processors.iter().filter(|processor| **processor < rustix::thread::CpuSet::MAX_CPU) {
-        set.set(*processor);
-    }
     if let Err(error) = loam_sys::ublk::prefer_batches() {
         tracing::debug!(%error, "a ublk queue is scheduled as any thread");
-    }
-    if set.count() > 0
-        && let Err(error) = rustix::thread::sched_setaffinity(None, &set)
-    {
-        tracing::debug!(%error, "a ublk queue is not kept on its processors");
     }
 }
 

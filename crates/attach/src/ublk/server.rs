@@ -90,7 +90,7 @@ impl Server {
         let (prepared, all_prepared) = channel();
         let (report, begun) = channel();
         let mut server = Server { shared: Arc::new(shared), threads: Vec::new(), begin: Vec::new(), begun };
-        for (queue, processors) in (0..state.queues).zip(made.affinities()) {
+        for queue in 0..state.queues {
             let options = QueueOptions {
                 queue,
                 depth: state.depth,
@@ -98,12 +98,11 @@ impl Server {
                 transfer: state.data_path.transfer(),
                 task_run: options.task_run,
             };
-            let processors = processors.clone();
             let shared = Arc::clone(&server.shared);
             let (prepared, report) = (prepared.clone(), report.clone());
             let (begin, connect) = channel();
             let run = move || {
-                super::queue::settle_thread(&processors);
+                super::queue::settle_thread();
                 let queue = QueueServer::new(options, shared);
                 let (queue, outcome) = match queue {
                     Ok(queue) => (Some(queue), Ok(())),

@@ -12,8 +12,6 @@ use crate::{Error, Result};
 
 /// The device that control commands go to.
 pub const CONTROL_PATH: &str = "/dev/ublk-control";
-/// Bytes of a processor mask: 8192 processors, the most that kernels are built for.
-const AFFINITY_BYTES: usize = 1024;
 /// The queue number of commands that are not about a queue.
 const NO_QUEUE: u16 = u16::MAX;
 
@@ -152,18 +150,6 @@ impl Control {
             Err(error) if matches!(error.errno(), Some(libc::ENODEV | libc::ENOENT)) => Ok(None),
             Err(error) => Err(error),
         }
-    }
-
-    /// The processors whose requests go to a queue.
-    ///
-    /// # Errors
-    /// `EINVAL` when there is no such queue.
-    pub fn queue_affinity(&mut self, device: DeviceId, queue: u16) -> Result<Vec<usize>> {
-        let (name, command) = ("UBLK_CMD_GET_QUEUE_AFFINITY", wire::CMD_GET_QUEUE_AFFINITY);
-        let mask = self.on_device(name, command, device, vec![0; AFFINITY_BYTES], u64::from(queue))?;
-        let is_set =
-            |processor: &usize| mask.get(processor / 8).is_some_and(|byte| byte >> (processor % 8) & 1 == 1);
-        Ok((0..mask.len() * 8).filter(is_set).collect())
     }
 
     /// Readies a device whose server is gone for another.

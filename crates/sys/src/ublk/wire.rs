@@ -114,7 +114,6 @@ const fn io(nr: u32) -> u32 {
     number(READ_WRITE, size_of::<IoCommand>(), nr)
 }
 
-pub(super) const CMD_GET_QUEUE_AFFINITY: u32 = control(READ, 0x01);
 pub(super) const CMD_ADD_DEV: u32 = control(READ_WRITE, 0x04);
 pub(super) const CMD_DEL_DEV: u32 = control(READ_WRITE, 0x05);
 pub(super) const CMD_START_DEV: u32 = control(READ_WRITE, 0x06);
