@@ -203,7 +203,7 @@ pub fn resume(
         Tagged::Loop(state) => {
             Served::Loop(LoopTransport::resume(device, runtime, &options.loop_device, state, store)?)
         }
-        Tagged::Ublk(state) => Served::Ublk(ublk::resume(device, runtime, &options.ublk, state)?),
+        Tagged::Ublk(state) => Served::Ublk(ublk::resume(device, runtime, state)?),
     }))
 }
 

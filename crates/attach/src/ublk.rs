@@ -48,7 +48,7 @@ pub fn features() -> Result<Features> {
 pub fn attach(device: Arc<dyn BlockDevice>, runtime: Handle, options: &Options) -> Result<Attachment> {
     let (control, features) = device::open()?;
     let made = Device::add(control, features, &device.geometry(), options)?;
-    let server = Server::start(device, runtime, options, &made)?;
+    let server = Server::start(device, runtime, &made)?;
     let made = made.start(&server)?;
     Ok(Attachment { device: Box::new(made), server })
 }
@@ -59,19 +59,14 @@ pub fn attach(device: Arc<dyn BlockDevice>, runtime: Handle, options: &Options) 
 /// # Errors
 /// [`Error::Mismatch`] when the device is not that attachment, is still served by a process, or has another size;
 /// [`Error::Unavailable`] without ublk; [`Error::System`] for what the kernel refuses.
-pub fn resume(
-    device: Arc<dyn BlockDevice>,
-    runtime: Handle,
-    options: &Options,
-    state: SavedState,
-) -> Result<Attachment> {
+pub fn resume(device: Arc<dyn BlockDevice>, runtime: Handle, state: SavedState) -> Result<Attachment> {
     let size = device.geometry().size;
     if size != state.size {
         return Err(Error::Mismatch(format!("the device has {size} bytes, the attached one {}", state.size)));
     }
     let (control, _) = device::open()?;
     let found = Device::found(control, state)?;
-    let server = Server::start(device, runtime, options, &found)?;
+    let server = Server::start(device, runtime, &found)?;
     let found = found.take_over(&server)?;
     Ok(Attachment { device: Box::new(found), server })
 }

@@ -300,7 +300,7 @@ fn worker_process() {
     let options = Options::default();
     let saved = std::fs::read(&state_file).ok();
     let mut attachment = match saved.map(|bytes| serde_json::from_slice::<SavedState>(&bytes).unwrap()) {
-        Some(state) => ublk::resume(device, runtime.handle().clone(), &options, state),
+        Some(state) => ublk::resume(device, runtime.handle().clone(), state),
         None => ublk::attach(device, runtime.handle().clone(), &options),
     }
     .unwrap();
@@ -499,7 +499,7 @@ fn what_a_dead_server_left_is_found_refused_while_held_and_removed() {
     assert!(!ublk::remove(&other).unwrap());
     let runtime = runtime();
     let device: Arc<dyn BlockDevice> = Arc::new(TestDevice::new(HUGE));
-    let error = ublk::resume(device, runtime.handle().clone(), &Options::default(), other).err().unwrap();
+    let error = ublk::resume(device, runtime.handle().clone(), other).err().unwrap();
     assert!(matches!(error, Error::Mismatch(_)), "{error}");
     assert!(ublk::remove(&served.state).unwrap());
     assert_eq!(ublk::find(&served.state).unwrap(), None);
@@ -512,11 +512,11 @@ fn a_device_that_is_served_cannot_be_taken_over() {
     let device: Arc<dyn BlockDevice> = Arc::new(TestDevice::new(HUGE));
     let mut attachment = attach(device.clone(), &runtime, &Options::default());
     let handle = runtime.handle().clone();
-    let resumed = ublk::resume(device, handle.clone(), &Options::default(), attachment.state().clone());
+    let resumed = ublk::resume(device, handle.clone(), attachment.state().clone());
     let error = resumed.err().unwrap();
     assert!(matches!(error, Error::Mismatch(_)) && error.to_string().contains("still served"), "{error}");
     let smaller: Arc<dyn BlockDevice> = Arc::new(TestDevice::new(HUGE / 2));
-    let resumed = ublk::resume(smaller, handle, &Options::default(), attachment.state().clone());
+    let resumed = ublk::resume(smaller, handle, attachment.state().clone());
     assert!(matches!(resumed.err().unwrap(), Error::Mismatch(_)));
     let mut buffer = Aligned::new(4096);
     open_direct(&attachment.device_path()).read_exact_at(buffer.bytes(), 0).unwrap();

@@ -11,7 +11,7 @@ mod wire;
 
 pub use control::{CONTROL_PATH, Control, DeviceId};
 pub use memory::LentBuffer;
-pub use queue::{Event, Queue, QueueOptions, TaskRun, Transfer, Waker};
+pub use queue::{Event, Queue, QueueOptions, Transfer, Waker};
 pub use thread::prefer_batches;
 pub use wire::{
     Basic, DEPTH_MAX, DeviceInfo, DmaAlignment, IO_BYTES_MAX, IoDescriptor, Parameters, attribute, feature,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use loam_sys::ublk::{TaskRun, Transfer, feature};
+use loam_sys::ublk::{Transfer, feature};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -31,8 +31,6 @@ pub struct Options {
     pub block_size: u32,
     /// Make a device that needs no CAP_SYS_ADMIN, with the limits that the module's documentation lists.
     pub unprivileged: bool,
-    /// When the kernel's part of completions runs in the queues' threads.
-    pub task_run: TaskRun,
 }
 
 impl Default for Options {
@@ -44,7 +42,6 @@ impl Default for Options {
             data_path: DataPath::Auto,
             block_size: 4096,
             unprivileged: false,
-            task_run: TaskRun::Deferred,
         }
     }
 }

@@ -12,7 +12,6 @@ use loam_sys::ublk::QueueOptions;
 use tokio::runtime::Handle;
 
 use super::device::Device;
-use super::options::Options;
 use super::queue::Server as QueueServer;
 use crate::Result;
 use crate::fuse::{Counters, Stats, sum};
@@ -71,12 +70,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Starts a thread with a ring for each queue. None knows the device before [`Server::begin`].
-    pub(super) fn start(
-        device: Arc<dyn BlockDevice>,
-        runtime: Handle,
-        options: &Options,
-        made: &Device,
-    ) -> Result<Server> {
+    pub(super) fn start(device: Arc<dyn BlockDevice>, runtime: Handle, made: &Device) -> Result<Server> {
         let state = made.state();
         let counters = (0..state.queues).map(|_| Counters::default()).collect();
         let shared = Shared {
@@ -96,7 +90,6 @@ impl Server {
                 depth: state.depth,
                 buffer_bytes: state.io_bytes_max as usize,
                 transfer: state.data_path.transfer(),
-                task_run: options.task_run,
             };
             let shared = Arc::clone(&server.shared);
             let (prepared, report) = (prepared.clone(), report.clone());

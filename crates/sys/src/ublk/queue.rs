@@ -49,15 +49,6 @@ pub enum Transfer {
     Registered,
 }
 
-/// When the kernel's part of completions runs in the queue's thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TaskRun {
-    /// When the thread waits (IORING_SETUP_DEFER_TASKRUN).
-    Deferred,
-    /// At its next system call (IORING_SETUP_COOP_TASKRUN).
-    Cooperative,
-}
-
 /// What a queue is like.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueOptions {
@@ -69,8 +60,6 @@ pub struct QueueOptions {
     pub buffer_bytes: usize,
     /// As the device was made.
     pub transfer: Transfer,
-    /// When completions run.
-    pub task_run: TaskRun,
 }
 
 /// An entry of the submission queue (`struct io_uring_sqe`): the fields that matter here.
@@ -168,7 +157,7 @@ impl Queue {
     /// # Errors
     /// `EINVAL` for numbers that the kernel does not take; `ENOSYS`, `EPERM` where io_uring is not to be had; `ENOMEM`.
     pub fn new(options: QueueOptions) -> Result<Queue> {
-        let QueueOptions { queue, depth, buffer_bytes, transfer, task_run } = options;
+        let QueueOptions { queue, depth, buffer_bytes, transfer } = options;
         let fail = |call| move |error: std::io::Error| Error::new(call, format!("ublk queue {queue}"), error);
         let valid = (1..=wire::DEPTH_MAX).contains(&depth)
             && (PAGE..=wire::IO_BYTES_MAX).contains(&buffer_bytes)
@@ -179,11 +168,7 @@ impl Queue {
         let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC);
         let event = event.map_err(|error| fail("eventfd")(error.into()))?;
         let mut builder = IoUring::builder();
-        builder.setup_single_issuer();
-        match task_run {
-            TaskRun::Deferred => builder.setup_defer_taskrun(),
-            TaskRun::Cooperative => builder.setup_coop_taskrun(),
-        };
+        builder.setup_single_issuer().setup_defer_taskrun();
         // A tag has at most a move and a commit under way; the wake is one more.
         let entries = 2 * u32::from(depth) + 1;
         let ring = builder.setup_cqsize(2 * entries).build(entries).map_err(fail("io_uring_setup"))?;

@@ -3,13 +3,8 @@ use std::os::fd::AsFd;
 
 use super::*;
 
-const OPTIONS: QueueOptions = QueueOptions {
-    queue: 0,
-    depth: 4,
-    buffer_bytes: 8192,
-    transfer: Transfer::Copy,
-    task_run: TaskRun::Deferred,
-};
+const OPTIONS: QueueOptions =
+    QueueOptions { queue: 0, depth: 4, buffer_bytes: 8192, transfer: Transfer::Copy };
 
 #[test]
 fn buffers_are_apart_and_ours_until_given_or_lent() {
@@ -102,17 +97,15 @@ fn files_are_read_into_buffers_and_errors_are_told() {
 
 #[test]
 fn waking_ends_a_wait_each_time() {
-    for task_run in [TaskRun::Deferred, TaskRun::Cooperative] {
-        let mut queue = Queue::new(QueueOptions { task_run, ..OPTIONS }).unwrap();
-        let waker = queue.waker();
-        for _ in 0..3 {
-            let waker = waker.clone();
-            // Several at once are one.
-            std::thread::spawn(move || (0..10).for_each(|_| waker.wake())).join().unwrap();
-            queue.wait().unwrap();
-            assert_eq!(queue.next_event().unwrap(), Some(Event::Woken));
-            assert_eq!(queue.next_event().unwrap(), None);
-        }
+    let mut queue = Queue::new(OPTIONS).unwrap();
+    let waker = queue.waker();
+    for _ in 0..3 {
+        let waker = waker.clone();
+        // Several at once are one.
+        std::thread::spawn(move || (0..10).for_each(|_| waker.wake())).join().unwrap();
+        queue.wait().unwrap();
+        assert_eq!(queue.next_event().unwrap(), Some(Event::Woken));
+        assert_eq!(queue.next_event().unwrap(), None);
     }
 }
 
