@@ -15,6 +15,7 @@ const HOUSE: &[&str] = &[
     "loam-bench",
     "loam-pool",
     "loam-image",
+    "loam-nbd",
     "loam-attach",
     "loam-space",
     "loam-content",

@@ -31,6 +31,10 @@ pub struct Capabilities {
     pub extents: bool,
     /// Data written through one handle is seen, and flushed, through every other.
     pub multi_connection: bool,
+    /// Some bytes come from elsewhere on first read: `locality` and `prefetch` know more than "all local".
+    pub lazy: bool,
+    /// Whether seeking costs time, where that is known.
+    pub rotational: Option<bool>,
 }
 
 /// How a write is to be done.
@@ -71,6 +75,17 @@ pub struct Extent {
     pub length: u64,
     /// What lies there.
     pub kind: ExtentKind,
+}
+
+/// A run that is local as a whole, or not at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Locality {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes; never 0.
+    pub length: u64,
+    /// Reading it fetches nothing from elsewhere.
+    pub local: bool,
 }
 
 /// Anything that stores bytes by offset. Object safe; shared by reference between any number of threads.
@@ -119,6 +134,19 @@ pub trait BlockDevice: Send + Sync {
     /// otherwise is all data.
     fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
         Io::Ready(whole_device_as(&self.geometry(), ExtentKind::Data, offset, length))
+    }
+
+    /// Which of the bytes from `offset` are local, as they are now: they may be fetched, or evicted, the next moment.
+    /// Shape, limits and errors are those of [`BlockDevice::extents`]. A device that does not say otherwise is all local.
+    fn locality(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Locality>> {
+        let checked = check_extents_range(&self.geometry(), offset, length);
+        Io::Ready(checked.map(|()| vec![Locality { offset, length, local: true }]))
+    }
+
+    /// Brings bytes near that will be read soon: a lazy device fetches them, and is done when they are local. A device
+    /// that does not say otherwise has nothing to do.
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        Io::Ready(check_range(&self.geometry(), "prefetch", offset, length))
     }
 
     /// Where `length` bytes at `offset` lie in a local file, for a transport that lets the kernel move them. `None`: not

@@ -30,6 +30,8 @@ pub enum ErrorKind {
     Unavailable,
     /// An answer did not come in time (`EIO`: the kernel's block layer knows no retry on `ETIMEDOUT`).
     TimedOut,
+    /// Writes that were acknowledged, but not flushed, may be gone: what kept them went away and came back (`EIO`).
+    WritesLost,
     /// The device is being closed (`ESHUTDOWN`).
     ShuttingDown,
     /// Any other failure below (`EIO`).
@@ -50,6 +52,7 @@ impl ErrorKind {
             | ErrorKind::Changed
             | ErrorKind::Unavailable
             | ErrorKind::TimedOut
+            | ErrorKind::WritesLost
             | ErrorKind::Io => 5,
         }
     }

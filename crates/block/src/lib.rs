@@ -57,7 +57,7 @@ pub mod size;
 mod spec;
 
 pub use device::{
-    BlockDevice, Capabilities, Extent, ExtentKind, Geometry, MAXIMUM_BLOCK, WriteFlags, ZeroFlags,
+    BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Locality, MAXIMUM_BLOCK, WriteFlags, ZeroFlags,
     check_extents_range, check_range, whole_device_as,
 };
 pub use error::{Error, ErrorKind, Result};

@@ -182,6 +182,8 @@ impl BlockDevice for MemoryDevice {
             fast_zero: true,
             extents: true,
             multi_connection: true,
+            lazy: false,
+            rotational: Some(false),
         }
     }
 

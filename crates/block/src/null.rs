@@ -39,6 +39,8 @@ impl BlockDevice for NullDevice {
             fast_zero: true,
             extents: true,
             multi_connection: true,
+            lazy: false,
+            rotational: Some(false),
         }
     }
 

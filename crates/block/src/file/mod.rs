@@ -145,6 +145,8 @@ impl BlockDevice for FileDevice {
             fast_zero: write,
             extents: regular,
             multi_connection: true,
+            lazy: false,
+            rotational: None,
         }
     }
 
