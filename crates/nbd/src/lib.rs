@@ -2,8 +2,13 @@
 //! one, and a copier between two of them.
 //!
 //! The protocol is that of <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, with extended headers.
-//! [`protocol`] knows bytes and no sockets; [`Server`] and [`NbdDevice`] move them; [`copy`] sees only devices.
+//! [`protocol`] knows bytes and no sockets.
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod client;
+pub mod copy;
 pub mod protocol;
+pub mod server;
+pub mod tls;
+pub mod uri;

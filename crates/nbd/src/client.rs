@@ -1,0 +1,1 @@
+//! The client: an export of a server as a [`loam_block::BlockDevice`].

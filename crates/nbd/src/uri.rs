@@ -1,0 +1,1 @@
+//! NBD URIs, by <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md>.
