@@ -107,6 +107,9 @@ pub struct Config {
     pub local: LocalDevice,
     /// From which all UUIDs of the filesystem derive: 32 bytes in hexadecimal.
     pub identity: String,
+    /// The same for the virtual device alone, where its local device was made to stand on a seed that others stand on too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed_identity: Option<String>,
     /// Most bytes that the chunk cache may hold.
     pub cache_limit: u64,
     /// Purpose `mount`: the mount point.
@@ -154,21 +157,33 @@ impl Config {
 
     /// The identity as bytes.
     pub(crate) fn identity_bytes(&self, directory: &PoolDirectory) -> Result<[u8; 32]> {
-        let bad = || Error::BadFile {
-            path: directory.config(),
-            why: "identity is not 64 hexadecimal digits".into(),
-        };
-        let mut bytes = [0; 32];
-        let text = self.identity.as_bytes();
-        if text.len() != 64 {
-            return Err(bad());
-        }
-        for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
-            let pair = std::str::from_utf8(pair).map_err(|_| bad())?;
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| bad())?;
-        }
-        Ok(bytes)
+        parse_identity(directory, &self.identity)
     }
+
+    /// The identity of the virtual device as bytes, where it has one of its own.
+    pub(crate) fn seed_identity_bytes(&self, directory: &PoolDirectory) -> Result<Option<[u8; 32]>> {
+        self.seed_identity.as_deref().map(|text| parse_identity(directory, text)).transpose()
+    }
+}
+
+/// An identity as it stands in the configuration.
+pub(crate) fn identity_text(identity: [u8; 32]) -> String {
+    blake3::Hash::from_bytes(identity).to_hex().to_string()
+}
+
+fn parse_identity(directory: &PoolDirectory, text: &str) -> Result<[u8; 32]> {
+    let bad =
+        || Error::BadFile { path: directory.config(), why: "identity is not 64 hexadecimal digits".into() };
+    let mut bytes = [0; 32];
+    let text = text.as_bytes();
+    if text.len() != 64 {
+        return Err(bad());
+    }
+    for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
+        let pair = std::str::from_utf8(pair).map_err(|_| bad())?;
+        *byte = u8::from_str_radix(pair, 16).map_err(|_| bad())?;
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -186,6 +201,7 @@ mod tests {
             local_size: 64 << 30,
             local: LocalDevice::Block("/dev/vdb".into()),
             identity: "0f".repeat(32),
+            seed_identity: Some("1e".repeat(32)),
             cache_limit: 1 << 30,
             mount_point: Some("/mnt/a b".into()),
             source: None,
@@ -206,6 +222,7 @@ mod tests {
         let loaded = Config::load(&directory).unwrap();
         assert_eq!(loaded, config());
         assert_eq!(loaded.identity_bytes(&directory).unwrap(), [15; 32]);
+        assert_eq!(loaded.seed_identity_bytes(&directory).unwrap(), Some([30; 32]));
     }
 
     #[test]

@@ -7,11 +7,12 @@ use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
+use loam_content::Digest;
 use loam_seed::{Image, Layout, SeedOptions, Subvolume, Timestamp, VIRTUAL_BASE};
 use loam_space::Map;
 use serde::Serialize;
 
-use crate::config::{Config, LayoutName, LocalDevice, POOL_FORMAT, Purpose};
+use crate::config::{Config, LayoutName, LocalDevice, POOL_FORMAT, Purpose, identity_text};
 use crate::directory::{PoolDirectory, sync_directory};
 use crate::error::{Context, Error, Result};
 
@@ -60,7 +61,6 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         Some(device) => (LocalDevice::Block(device.clone()), block_device_bytes(device)?),
         None => (LocalDevice::File(directory.local_image()), options.local_size),
     };
-    let identity = random_identity();
     let config = Config {
         format: POOL_FORMAT,
         purpose: Purpose::Pool,
@@ -68,13 +68,14 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         virtual_size: options.virtual_size,
         local_size,
         local,
-        identity: blake3::Hash::from_bytes(identity).to_hex().to_string(),
+        identity: identity_text(random_identity()),
+        seed_identity: None,
         cache_limit: options.cache_limit,
         mount_point: None,
         source: None,
     };
     format_filesystem(directory, &config, [0; 32], &[])?;
-    make_map(directory, &config)?;
+    make_map(directory, config.virtual_size)?;
     config.save(directory)?;
     Ok(Made {
         pool: directory.root().to_owned(),
@@ -95,8 +96,8 @@ pub(crate) fn make_directories(directory: &PoolDirectory) -> Result<()> {
     fs::set_permissions(directory.root(), private).step(|| format!("closing {}", directory.root().display()))
 }
 
-/// Makes an empty map of the configured size.
-pub(crate) fn make_map(directory: &PoolDirectory, config: &Config) -> Result<Map> {
+/// Makes an empty map of `virtual_size` bytes.
+pub(crate) fn make_map(directory: &PoolDirectory, virtual_size: u64) -> Result<Map> {
     let path = directory.map();
     match fs::remove_dir_all(&path) {
         // Left by an attempt that did not come as far as pool.toml.
@@ -105,7 +106,7 @@ pub(crate) fn make_map(directory: &PoolDirectory, config: &Config) -> Result<Map
         }
         _ => {}
     }
-    Map::create(&path, config.virtual_size).step(|| format!("making the map {}", path.display()))
+    Map::create(&path, virtual_size).step(|| format!("making the map {}", path.display()))
 }
 
 /// Formats virtual image and local device as the configuration says, with `subvolumes` cloned into it.
@@ -148,12 +149,15 @@ pub(crate) fn format_virtual_only(
     config: &Config,
     content_digest: [u8; 32],
 ) -> Result<()> {
+    write_prefix(&directory.virtual_image(), &seed_options(directory, config, content_digest)?)
+}
+
+/// Writes what lies below the virtual region of a pair.
+pub(crate) fn write_prefix(path: &Path, options: &SeedOptions) -> Result<()> {
     const SUPERBLOCK_OFFSET: u64 = 64 << 10;
-    let path = directory.virtual_image();
     let what = || format!("formatting {}", path.display());
-    let superblock =
-        loam_seed::virtual_superblock(&seed_options(directory, config, content_digest)?).step(what)?;
-    let image = create(&path)?;
+    let superblock = loam_seed::virtual_superblock(options).step(what)?;
+    let image = create(path)?;
     image.set_len(VIRTUAL_BASE).step(what)?;
     image.write_all_at(&superblock[..], SUPERBLOCK_OFFSET).step(what)
 }
@@ -164,16 +168,42 @@ pub(crate) fn seed_options(
     config: &Config,
     content_digest: [u8; 32],
 ) -> Result<SeedOptions> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Ok(SeedOptions {
         layout: config.layout,
         virtual_size: config.virtual_size,
         local_size: config.local_size,
         content_digest,
+        seed_identity: config.seed_identity_bytes(directory)?,
+        ..seed_defaults(config.identity_bytes(directory)?)
+    })
+}
+
+/// What all seeds have in common.
+fn seed_defaults(identity: [u8; 32]) -> SeedOptions {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    SeedOptions {
         label: "loam".to_owned(),
         timestamp: Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() },
-        ..SeedOptions::new(config.identity_bytes(directory)?)
-    })
+        ..SeedOptions::new(identity)
+    }
+}
+
+/// Options for a seed without a pool, with the files of the index of this digest, or empty. The virtual device follows
+/// from the digest and its size alone, so that whoever has the index can serve it (`index:FILE`) to any number of local
+/// devices; each of those is a filesystem of its own.
+pub fn seed_without_pool(index: Option<Digest>, virtual_size: u64) -> SeedOptions {
+    SeedOptions {
+        virtual_size,
+        content_digest: index.map_or([0; 32], |digest| digest.0),
+        seed_identity: index.map(|digest| seed_identity(&digest, virtual_size)),
+        ..seed_defaults(random_identity())
+    }
+}
+
+fn seed_identity(index: &Digest, virtual_size: u64) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("loam 2026 seed of an index");
+    hasher.update(&index.0).update(&virtual_size.to_le_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 /// The part of the virtual device below the virtual region: what lies beyond is the address space's, and no
@@ -232,7 +262,7 @@ fn block_device_bytes(path: &Path) -> Result<u64> {
 }
 
 /// Every filesystem that is ever mounted on one host needs UUIDs of its own.
-pub fn random_identity() -> [u8; 32] {
+pub(crate) fn random_identity() -> [u8; 32] {
     let (one, two) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
     let mut hasher = blake3::Hasher::new_derive_key("loam 2026 pool identity");
     hasher.update(one.as_bytes()).update(two.as_bytes());

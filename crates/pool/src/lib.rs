@@ -43,7 +43,7 @@ pub use config::{Config, EngineChoice, LocalDevice, Purpose, TransportChoice, Un
 pub use daemon::daemon_main;
 pub use directory::PoolDirectory;
 pub use error::{Error, Result};
-pub use format::{InitOptions, Made, init, random_identity};
+pub use format::{InitOptions, Made, init, seed_without_pool};
 pub use indexes::{IndexMade, IndexOptions, Watch, absolute_location, absolute_source, make_index};
 pub use launch::{UpOptions, UpOutcome, down, holder_main, status, up};
 pub use loam_attach::ublk::DataPath;

@@ -9,11 +9,11 @@ use std::time::Instant;
 use loam_attach::ublk::DataPath;
 use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions, Importer};
 use loam_image::{Index, LoadedTree};
-use loam_seed::{FileTree, Layout, NodeKind, Subvolume};
+use loam_seed::{FileTree, Label, Layout, NodeKind, Subvolume};
 use serde::Serialize;
 use tokio::process::Child;
 
-use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose, TransportChoice};
+use crate::config::{Config, LocalDevice, POOL_FORMAT, Purpose, TransportChoice, identity_text};
 use crate::content::{ContentSpec, place};
 use crate::directory::{PoolDirectory, remove_tree};
 use crate::error::{Context, Error, Result};
@@ -249,18 +249,19 @@ fn format(
     let local =
         options.local.clone().map(std::path::absolute).transpose().step(|| "path of --local".to_owned())?;
     let kept = local.as_deref().map(|path| reusable(path, digest.0)).transpose()?.flatten();
-    let (identity, local_size) = match &kept {
-        Some((identity, bytes)) => (*identity, *bytes),
-        None => (random_identity(), LOCAL_BYTES),
+    let (identity, seed_identity, virtual_size, local_size) = match &kept {
+        Some((label, bytes)) => (label.identity, label.seed_identity, label.virtual_size, *bytes),
+        None => (random_identity(), None, virtual_size_for(index), LOCAL_BYTES),
     };
     let config = Config {
         format: POOL_FORMAT,
         purpose: Purpose::Mount,
         layout: Layout::Pair,
-        virtual_size: index.content_length().next_multiple_of(VIRTUAL_STEP).max(VIRTUAL_STEP),
+        virtual_size,
         local_size,
         local: LocalDevice::File(local.unwrap_or_else(|| directory.local_image())),
-        identity: blake3::Hash::from_bytes(identity).to_hex().to_string(),
+        identity: identity_text(identity),
+        seed_identity: seed_identity.map(identity_text),
         cache_limit: CACHE_BYTES,
         mount_point: Some(mount.to_owned()),
         source: Some(options.source.clone()),
@@ -274,6 +275,11 @@ fn format(
     Ok((file_bytes(&tree), config))
 }
 
+/// Bytes of the virtual region for one image.
+fn virtual_size_for(index: &Index) -> u64 {
+    index.content_length().next_multiple_of(VIRTUAL_STEP).max(VIRTUAL_STEP)
+}
+
 fn file_bytes(tree: &LoadedTree) -> u64 {
     let bytes = |node: NodeKind<'_>| match node {
         NodeKind::File { size } => size,
@@ -283,9 +289,9 @@ fn file_bytes(tree: &LoadedTree) -> u64 {
     (0..tree.len()).map(|index| bytes(tree.node(index).kind)).sum()
 }
 
-/// Whether an existing local file belongs to this index: then its identity and bytes. A file of another index, or one
+/// Whether an existing local file belongs to this index: then its label and bytes. A file of another index, or one
 /// that is no local device at all, is refused rather than overwritten.
-fn reusable(path: &Path, digest: [u8; 32]) -> Result<Option<([u8; 32], u64)>> {
+fn reusable(path: &Path, digest: [u8; 32]) -> Result<Option<(Label, u64)>> {
     let what = || format!("local file {}", path.display());
     let file = match fs::File::open(path) {
         Ok(file) => file,
@@ -301,7 +307,7 @@ fn reusable(path: &Path, digest: [u8; 32]) -> Result<Option<([u8; 32], u64)>> {
         return Err(Error::step(what(), "it was written over another image or another version of this one")
             .with_hint("mount the source that it belongs to, or choose a new file"));
     }
-    Ok(Some((label.identity, bytes)))
+    Ok(Some((label, bytes)))
 }
 
 /// Makes index, map and cached content, so that address 0 is the first byte of the image's content.
@@ -314,7 +320,7 @@ fn make_content(
     import: Option<Importer>,
 ) -> Result<()> {
     indexes::store(directory, index)?;
-    let map = make_map(directory, config)?;
+    let map = make_map(directory, config.virtual_size)?;
     if index.content_length() == 0 {
         return Ok(());
     }

@@ -18,14 +18,16 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Derives all UUIDs from `identity`.
-    pub fn new(identity: &[u8; 32]) -> Self {
+    /// Derives all UUIDs from `identity`; those of the virtual device of a pair from `seed_identity`, where it has one of
+    /// its own.
+    pub fn new(identity: &[u8; 32], seed_identity: Option<&[u8; 32]>) -> Self {
+        let seed = seed_identity.unwrap_or(identity);
         Identity {
             key: *identity,
             fsid: derive(identity, "file system", b""),
             chunk_tree: derive(identity, "chunk tree", b""),
-            virtual_device: derive(identity, "virtual device", b""),
-            seed_fsid: derive(identity, "seed file system", b""),
+            virtual_device: derive(seed, "virtual device", b""),
+            seed_fsid: derive(seed, "seed file system", b""),
             local_device: derive(identity, "local device", b""),
         }
     }
@@ -53,9 +55,9 @@ mod tests {
 
     #[test]
     fn uuids_depend_on_identity_and_differ_from_each_other() {
-        let one = Identity::new(&[1; 32]);
-        assert_eq!(one, Identity::new(&[1; 32]));
-        let two = Identity::new(&[2; 32]);
+        let one = Identity::new(&[1; 32], None);
+        assert_eq!(one, Identity::new(&[1; 32], Some(&[1; 32])));
+        let two = Identity::new(&[2; 32], None);
         let all = [
             one.fsid,
             one.seed_fsid,
@@ -71,5 +73,13 @@ mod tests {
             assert!(!all[..index].contains(uuid));
             assert_eq!((uuid[6] >> 4, uuid[8] >> 6), (8, 2));
         }
+    }
+
+    #[test]
+    fn local_devices_of_one_seed_differ_and_their_seed_does_not() {
+        let [one, two] = [[1; 32], [2; 32]].map(|identity| Identity::new(&identity, Some(&[3; 32])));
+        assert_eq!((one.virtual_device, one.seed_fsid), (two.virtual_device, two.seed_fsid));
+        assert_ne!(one.fsid, two.fsid);
+        assert_ne!(one.local_device, two.local_device);
     }
 }

@@ -10,7 +10,8 @@
 //! | 24 | 8 | virtual size in bytes |
 //! | 32 | 32 | identity |
 //! | 64 | 32 | content digest |
-//! | 96 | 3996 | zero |
+//! | 96 | 32 | seed identity, zero where it is the identity |
+//! | 128 | 3964 | zero |
 //! | 4092 | 4 | crc32c of bytes 0..4092 |
 //!
 //! Integers are little-endian.
@@ -36,7 +37,8 @@ struct Block {
     virtual_size: U64,
     identity: [u8; 32],
     content_digest: [u8; 32],
-    reserved: [u8; 3996],
+    seed_identity: [u8; 32],
+    reserved: [u8; 3964],
     checksum: U32,
 }
 
@@ -53,6 +55,8 @@ pub struct Label {
     pub identity: [u8; 32],
     /// The caller's digest of what was pre-cloned.
     pub content_digest: [u8; 32],
+    /// What the virtual device's UUIDs were derived from, if not from `identity`.
+    pub seed_identity: Option<[u8; 32]>,
 }
 
 impl Label {
@@ -62,6 +66,7 @@ impl Label {
             virtual_size: options.virtual_size,
             identity: options.identity,
             content_digest: options.content_digest,
+            seed_identity: options.seed_identity_of_pair().copied(),
         }
     }
 
@@ -78,7 +83,8 @@ impl Label {
             virtual_size: self.virtual_size.into(),
             identity: self.identity,
             content_digest: self.content_digest,
-            reserved: [0; 3996],
+            seed_identity: self.seed_identity.unwrap_or_default(),
+            reserved: [0; 3964],
             checksum: 0.into(),
         };
         block.checksum = checksum(&block).into();
@@ -108,6 +114,7 @@ impl Label {
             virtual_size: block.virtual_size.get(),
             identity: block.identity,
             content_digest: block.content_digest,
+            seed_identity: Some(block.seed_identity).filter(|identity| *identity != [0; 32]),
         })
     }
 }
@@ -146,8 +153,13 @@ mod tests {
 
     #[test]
     fn round_trip_and_every_flipped_byte_is_found() {
-        let label =
-            Label { layout: Layout::Pair, virtual_size: 4 << 60, identity: [7; 32], content_digest: [9; 32] };
+        let label = Label {
+            layout: Layout::Pair,
+            virtual_size: 4 << 60,
+            identity: [7; 32],
+            content_digest: [9; 32],
+            seed_identity: Some([8; 32]),
+        };
         let block = label.to_block();
         let mut image = MemoryImage::new();
         image.set_length(1 << 20).unwrap();

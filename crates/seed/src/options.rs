@@ -80,6 +80,9 @@ pub struct SeedOptions {
     pub simple_quota: bool,
     /// Every UUID is derived from this: two file systems that are ever to be mounted on one host need different ones.
     pub identity: [u8; 32],
+    /// What the UUIDs of the virtual device of a pair are derived from instead, where it is to be the same for many local
+    /// devices: each of them is a file system of its own, on one seed.
+    pub seed_identity: Option<[u8; 32]>,
     /// The caller's digest of what was pre-cloned (an index), noted in the local image's label block.
     pub content_digest: [u8; 32],
     /// The file system's label: at most 255 bytes, no newline.
@@ -98,6 +101,7 @@ impl SeedOptions {
             node_size: 16 << 10,
             simple_quota: false,
             identity,
+            seed_identity: None,
             content_digest: [0; 32],
             label: String::new(),
             timestamp: Timestamp::default(),
@@ -107,6 +111,11 @@ impl SeedOptions {
     /// Bytes of the virtual device.
     pub fn virtual_device_size(&self) -> u64 {
         VIRTUAL_BASE + self.virtual_size
+    }
+
+    /// [`SeedOptions::seed_identity`], where the layout has a virtual device that is nothing but a seed.
+    pub(crate) fn seed_identity_of_pair(&self) -> Option<&[u8; 32]> {
+        self.seed_identity.as_ref().filter(|_| self.layout == Layout::Pair)
     }
 
     /// # Errors

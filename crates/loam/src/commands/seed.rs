@@ -3,12 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use loam_image::{Index, LoadedTree};
 use loam_pool::protocol::{Checked, Finding};
-use loam_seed::{Layout, SeedOptions, Subvolume, Timestamp, TreeFilter};
+use loam_seed::{Layout, SeedOptions, Subvolume, TreeFilter};
 use serde::Serialize;
 
 use super::Context;
@@ -39,18 +39,12 @@ fn make(context: &Context, options: SeedMake) -> anyhow::Result<()> {
     let layout: Layout = options.layout.into();
     let index = options.index.as_deref().map(read_index).transpose()?;
     let tree = index.as_ref().map(|index| LoadedTree::load(index, 0)).transpose()?;
-    let digest = index.as_ref().map_or([0; 32], |index| index.digest().0);
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let seed = SeedOptions {
         layout,
-        virtual_size: options.virtual_size.0,
         local_size: options.local_size.0,
         node_size: u32::try_from(options.nodesize.0).unwrap_or(u32::MAX),
         simple_quota: options.simple_quota,
-        content_digest: digest,
-        label: "loam".to_owned(),
-        timestamp: Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() },
-        ..SeedOptions::new(loam_pool::random_identity())
+        ..loam_pool::seed_without_pool(index.as_ref().map(Index::digest), options.virtual_size.0)
     };
     seed.validate()
         .map_err(|error| loam_pool::Error::Invalid { what: "seed make".into(), why: error.to_string() })?;

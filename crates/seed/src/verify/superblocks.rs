@@ -155,7 +155,7 @@ fn check_label(filesystem: &Filesystem<'_>, findings: &mut Findings) {
         Ok(label) => {
             let size = seed.superblock.device.total_bytes.get().saturating_sub(VIRTUAL_BASE);
             findings.expect_same(at("virtual size"), label.virtual_size, size);
-            let identity = crate::Identity::new(&label.identity);
+            let identity = crate::Identity::new(&label.identity, label.seed_identity.as_ref());
             if identity.fsid != local.superblock.fsid || identity.seed_fsid != seed.superblock.fsid {
                 let reason = "is not what the devices' UUIDs were derived from";
                 findings.add(Finding { reason: reason.to_owned(), ..at("identity") });

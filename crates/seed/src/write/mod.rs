@@ -144,7 +144,7 @@ impl<'a> Plan<'a> {
         Plan {
             options,
             subvolumes,
-            identity: Identity::new(&options.identity),
+            identity: Identity::new(&options.identity, options.seed_identity_of_pair()),
             system_length: 0,
             system_used: 0,
             metadata_length: u64::from(options.node_size),
