@@ -1,5 +1,5 @@
 //! The suite that every device and layer must pass: bounds, alignment, empty requests, read-after-write against a
-//! model, extents, zeroes, trims, refusals of read-only devices, lazy, cancel-safe futures, and locations that hold what
+//! model, extents, locality, zeroes, trims, refusals of read-only devices, lazy, cancel-safe futures, and locations that hold what
 //! a read gives.
 //!
 //! A breach panics with the seed of the run, which replays it. Behind the feature `conformance`; meant for tests:
@@ -18,7 +18,7 @@ use std::task::{Context, Waker};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::{Access, BlockDevice, ErrorKind, Extent, ExtentKind, Io, WriteFlags, ZeroFlags};
+use crate::{Access, BlockDevice, ErrorKind, Extent, ExtentKind, Io, Locality, WriteFlags, ZeroFlags};
 
 /// Bytes at the start and at the end of the device that the random operations play with.
 const WINDOW: u64 = 256 << 10;
@@ -90,7 +90,7 @@ async fn every_request(
     device: &dyn BlockDevice,
     offset: u64,
     length: usize,
-) -> [(&'static str, crate::Result<()>); 5] {
+) -> [(&'static str, crate::Result<()>); 7] {
     let mut buffer = vec![0; length];
     [
         ("read", device.read(offset, &mut buffer).await),
@@ -98,6 +98,8 @@ async fn every_request(
         ("write_zeroes", device.write_zeroes(offset, length as u64, ZeroFlags::default()).await),
         ("trim", device.trim(offset, length as u64).await),
         ("extents", device.extents(offset, length as u64, 1).await.map(drop)),
+        ("locality", device.locality(offset, length as u64, 1).await.map(drop)),
+        ("prefetch", device.prefetch(offset, length as u64).await),
     ]
 }
 
@@ -135,6 +137,7 @@ async fn check_empty_requests(device: &dyn BlockDevice) {
     let write = device.capabilities().write;
     for offset in [0, size / 2 / 4096 * 4096, size] {
         device.read(offset, &mut []).await.expect("empty read");
+        device.prefetch(offset, 0).await.expect("empty prefetch");
         if write {
             device.write(offset, &[], WriteFlags::default()).await.expect("empty write");
             device.write(offset, &[], WriteFlags { fua: true }).await.expect("empty write with fua");
@@ -143,6 +146,8 @@ async fn check_empty_requests(device: &dyn BlockDevice) {
         }
     }
     let kind = device.extents(0, 0, 1).await.expect_err("an empty range has no extents").kind();
+    assert_eq!(kind, ErrorKind::Invalid);
+    let kind = device.locality(0, 0, 1).await.expect_err("an empty range is nowhere").kind();
     assert_eq!(kind, ErrorKind::Invalid);
     device.flush().await.expect("flush");
 }
@@ -267,6 +272,7 @@ impl<'a> Model<'a> {
                 3 => self.zero(&at).await,
                 4 => self.trim(&at).await,
                 5 => self.extents(&at).await,
+                6 => self.locality(&at).await,
                 _ => {}
             }
             self.compare(&at).await;
@@ -306,7 +312,8 @@ impl<'a> Model<'a> {
         };
         let result = self.device.write_zeroes(at.absolute, at.length, flags).await;
         let refused = result.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotSupported);
-        if flags.fast_only && refused {
+        let capabilities = self.device.capabilities();
+        if refused && (flags.fast_only || (capabilities.write && !capabilities.zero)) {
             return; // nothing may have changed, which the comparison after it shows
         }
         if self.done(at, "write_zeroes", result) {
@@ -336,6 +343,24 @@ impl<'a> Model<'a> {
             let from = (extent.offset - start) as usize;
             let zero = bytes[from..][..extent.length as usize].iter().all(|byte| *byte == 0);
             assert!(zero, "{}: {extent:?} does not read as zeroes", self.describe(at));
+        }
+    }
+
+    async fn locality(&mut self, at: &Place) {
+        let limit = self.random.random_range(1..8);
+        let runs = self.device.locality(at.absolute, at.length, limit).await.expect("locality");
+        let as_extent = |run: &Locality| Extent {
+            offset: run.offset,
+            length: run.length,
+            kind: if run.local { ExtentKind::Data } else { ExtentKind::Hole },
+        };
+        let extents: Vec<_> = runs.iter().map(as_extent).collect();
+        assert_extents(&extents, at.absolute, at.length, limit, &self.describe(at));
+        if !self.device.capabilities().lazy {
+            assert!(runs.iter().all(|run| run.local), "{}: not lazy and not local", self.describe(at));
+        }
+        if self.random.random_bool(0.3) {
+            self.device.prefetch(at.absolute, at.length).await.expect("prefetch");
         }
     }
 

@@ -174,7 +174,7 @@ pub trait BlockDevice: Send + Sync {
 pub const MAXIMUM_BLOCK: u32 = 32 << 20;
 
 /// The answer of a read-only device to whatever would change it.
-fn refuse(geometry: &Geometry, operation: &str, offset: u64, length: u64) -> Io<'static, ()> {
+pub(crate) fn refuse(geometry: &Geometry, operation: &str, offset: u64, length: u64) -> Io<'static, ()> {
     Io::Ready(check_range(geometry, operation, offset, length).and_then(|()| {
         let context = format!("{operation} of {length} bytes at {offset}: the device is read-only");
         Err(Error::new(ErrorKind::ReadOnly, context))

@@ -25,7 +25,7 @@
 //!
 //! [`FileDevice`] (a regular file or a block device), [`MemoryDevice`] (sparse, of any size), [`NullDevice`] and
 //! [`PatternDevice`] (each 8 bytes hold their own offset). [`DeviceSpec`] opens them from the strings of the command
-//! line. With the feature `conformance` there is a suite that every device and layer has to pass.
+//! line. [`layer`] has the devices that wrap a device. With the feature `conformance` there is a suite that every device and layer has to pass.
 //!
 //! ```
 //! # use loam_block::{BlockDevice, DeviceSpec, FileOptions, PatternDevice};
@@ -49,6 +49,7 @@ mod device;
 mod error;
 mod file;
 mod io;
+pub mod layer;
 mod location;
 mod memory;
 mod null;
