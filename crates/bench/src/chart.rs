@@ -1,4 +1,4 @@
-//! Charts as SVG, drawn by plotters: bars with whiskers, stacked bars, curves over percentiles.
+//! Charts as SVG, drawn by plotters: bars with whiskers, stacked bars, curves over percentiles or over steps.
 
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
@@ -45,7 +45,7 @@ pub(crate) struct Stack {
     pub(crate) parts: Vec<f64>,
 }
 
-/// Values (above 0) by percentile.
+/// Values (above 0) by percentile, or by step.
 #[derive(Debug, Clone)]
 pub(crate) struct Curve {
     pub(crate) label: String,
@@ -125,6 +125,22 @@ pub(crate) fn stacks(stacks: &[Stack], parts: &[&str]) -> Result<String> {
 
 /// Values over percentiles, both on scales that show the tail: each nine to the right, each power of ten upwards.
 pub(crate) fn curves(curves: &[Curve]) -> Result<String> {
+    let nines = |percentile: f64| -(1.0 - percentile / 100.0).log10();
+    let (first, last) = (nines(GRID[0]), nines(GRID[GRID.len() - 1]));
+    let ticks: Vec<(f64, String)> =
+        GRID.iter().map(|percentile| (*percentile, percentile.to_string())).collect();
+    field(curves, &ticks, |percentile| (nines(percentile) - first) / (last - first))
+}
+
+/// Values over `steps` at equal distances, a power of ten upwards each; points are given by the number of their step.
+pub(crate) fn lines(curves: &[Curve], steps: &[String]) -> Result<String> {
+    let ticks: Vec<(f64, String)> = (0..).map(f64::from).zip(steps.iter().cloned()).collect();
+    let last = steps.len().saturating_sub(1).max(1) as f64;
+    field(curves, &ticks, |step| step / last)
+}
+
+/// Curves, a legend beside them; `place` says where a value is from the left (0) to the right (1).
+fn field(curves: &[Curve], ticks: &[(f64, String)], place: impl Fn(f64) -> f64) -> Result<String> {
     let (left, top, right, bottom) = FIELD;
     let values = || curves.iter().flat_map(|curve| curve.points.iter().map(|point| point.1.max(1e-3)));
     let low = values().fold(f64::INFINITY, f64::min).log10().floor();
@@ -132,19 +148,16 @@ pub(crate) fn curves(curves: &[Curve]) -> Result<String> {
     if !low.is_finite() {
         return Ok(String::new());
     }
-    let nines = |percentile: f64| -(1.0 - percentile / 100.0).log10();
-    let (first, last) = (nines(GRID[0]), nines(GRID[GRID.len() - 1]));
-    let x =
-        |percentile| left + ((nines(percentile) - first) / (last - first) * f64::from(right - left)) as i32;
+    let x = |value: f64| left + (place(value) * f64::from(right - left)) as i32;
     let y = |value: f64| {
         bottom - ((value.max(1e-3).log10() - low) / (high - low) * f64::from(bottom - top)) as i32
     };
     let legend = top + 20 * curves.len() as i32;
     picture(legend.max(bottom + 30), |area| {
         let grid = RGBColor(220, 220, 220);
-        for percentile in GRID {
-            area.draw(&PathElement::new([(x(percentile), top), (x(percentile), bottom)], grid))?;
-            text(area, &percentile.to_string(), (x(percentile), bottom + 14), HPos::Center, SMALL)?;
+        for (value, label) in ticks {
+            area.draw(&PathElement::new([(x(*value), top), (x(*value), bottom)], grid))?;
+            text(area, label, (x(*value), bottom + 14), HPos::Center, SMALL)?;
         }
         for power in low as i32..=high as i32 {
             let value = 10_f64.powi(power);
@@ -153,8 +166,7 @@ pub(crate) fn curves(curves: &[Curve]) -> Result<String> {
         }
         for (index, curve) in curves.iter().enumerate() {
             let color = Palette99::pick(index).to_rgba();
-            let points: Vec<_> =
-                curve.points.iter().map(|(percentile, value)| (x(*percentile), y(*value))).collect();
+            let points: Vec<_> = curve.points.iter().map(|(at, value)| (x(*at), y(*value))).collect();
             area.draw(&PathElement::new(points, color.stroke_width(2)))?;
             let middle = top + 20 * index as i32 + 8;
             let sample = [(right + 12, middle), (right + 32, middle)];
@@ -197,6 +209,9 @@ mod tests {
         assert!(svg.contains("2 reads") && svg.ends_with("</svg>\n"), "{svg}");
         let curve = Curve { label: "tail".into(), points: vec![(1.0, 5.0), (99.99, 5000.0)] };
         assert!(curves(&[curve]).unwrap().contains("tail") && curves(&[]).unwrap().is_empty());
+        let line = Curve { label: "line".into(), points: vec![(0.0, 5.0), (1.0, 50.0)] };
+        let svg = lines(&[line], &["64K".into(), "1M".into()]).unwrap();
+        assert!(svg.contains("64K") && svg.contains("line"), "{svg}");
         let stack = Stack { label: "s".into(), parts: vec![0.5, 0.75] };
         assert!(stacks(&[stack], &["x", "y"]).unwrap().contains("1.25"));
     }

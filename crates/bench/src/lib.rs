@@ -6,6 +6,8 @@
 mod bare;
 mod chart;
 mod clone;
+mod cpu;
+mod nbd;
 mod process;
 mod quarters;
 mod read;
@@ -15,6 +17,7 @@ mod seed;
 mod serve;
 mod shape;
 mod start;
+mod zero;
 
 pub use record::{Record, Recorder, load};
 pub use report::report;
@@ -37,6 +40,10 @@ enum Command {
     Read(read::Options),
     /// Making files that are clones: by layout, number and threads; and what they cost afterwards.
     Clone(clone::Options),
+    /// NBD servers under raw load, and copiers between them.
+    Nbd(nbd::Options),
+    /// Copies of images with holes to servers that zero fast, slowly, or not at all.
+    Zero(zero::Options),
     /// Medians on the terminal, and one HTML file with charts.
     Report(report::Options),
     /// Formats once and says what it took; `seed` starts it to measure one process's memory.
@@ -48,6 +55,12 @@ enum Command {
     /// Serves a device without a pool until its input ends; prints the device's path first.
     #[command(hide = true)]
     ServeDevice(serve::Options),
+    /// Puts load on an NBD server and says what came of it; `nbd` starts it.
+    #[command(hide = true)]
+    NbdLoad(nbd::load::Options),
+    /// Answers NBD requests without a device; `nbd` starts it.
+    #[command(hide = true)]
+    NbdEcho(nbd::echo::Options),
 }
 
 /// Options that every benchmark has.
@@ -82,6 +95,10 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Seed(options) => seed::run(&options),
         Command::Read(options) => read::run(&options),
         Command::Clone(options) => clone::run(&options),
+        Command::Nbd(options) => nbd::run(&options),
+        Command::Zero(options) => zero::run(&options),
+        Command::NbdLoad(options) => nbd::load::run(&options),
+        Command::NbdEcho(options) => nbd::echo::run(&options),
         Command::Report(options) => report::run(&options),
         Command::SeedOnce(options) => seed::once(&options),
         Command::BareServer(options) => bare::run(&options),

@@ -7,7 +7,6 @@
 
 mod attach;
 mod check;
-mod cpu;
 mod fio;
 mod guards;
 mod images;

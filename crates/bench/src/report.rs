@@ -2,6 +2,7 @@
 //! benchmark that has more to say than medians brings a [`Section`] of its own; all others share the generic one.
 
 mod generic;
+pub(crate) mod model;
 mod table;
 
 use std::fmt::Write as _;
@@ -36,7 +37,14 @@ pub(crate) struct Section {
 }
 
 /// In the order of the report.
-const SECTIONS: &[Section] = &[crate::read::SECTION, crate::clone::SECTION, generic::SECTION];
+const SECTIONS: &[Section] = &[
+    crate::read::SECTION,
+    crate::clone::SECTION,
+    crate::nbd::LOAD_SECTION,
+    crate::nbd::COPY_SECTION,
+    crate::zero::SECTION,
+    generic::SECTION,
+];
 
 /// Runs the report.
 pub(crate) fn run(options: &Options) -> Result<()> {

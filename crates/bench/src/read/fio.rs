@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::cpu::Snapshot;
 use super::workload::{Engine, Workload};
+use crate::cpu::Snapshot;
 use crate::process::timed;
 use crate::record::Metrics;
 

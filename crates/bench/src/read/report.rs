@@ -3,7 +3,6 @@
 
 mod effects;
 mod goals;
-mod model;
 
 use std::fmt::Write as _;
 
@@ -11,8 +10,8 @@ use anyhow::Result;
 
 use super::fio::{PERCENTILES, percentile_metric};
 use crate::chart::{self, Curve, Stack};
+use crate::report::model::{Cell, Machine, quantile_of, ratios};
 use crate::report::{Section, Table, escape, show};
-use model::{Cell, Machine, quantile_of, ratios};
 
 pub(crate) const SECTION: Section = Section {
     takes: |record| record.bench == "read" && !record.options.is_empty(),

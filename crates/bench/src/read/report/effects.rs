@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::model::{Cell, Machine, ratios};
+use crate::report::model::{Cell, Machine, ratios};
 use crate::report::{Table, show};
 
 /// An effect smaller than this is called none, however sure it is.

@@ -1,7 +1,7 @@
 //! What loam is to reach, and whether it does: ratios to references in the same run, what was lost first.
 
-use super::model::{Machine, quantile_of, ratios};
 use crate::report::Table;
+use crate::report::model::{Machine, quantile_of, ratios};
 
 /// A ratio that is wanted.
 struct Goal {

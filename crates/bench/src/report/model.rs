@@ -1,4 +1,4 @@
-//! Records of reads, by machine and cell.
+//! Records of a benchmark that runs a matrix, by machine and cell.
 
 use std::collections::BTreeMap;
 
@@ -6,43 +6,43 @@ use crate::record::{Metrics, Record};
 
 /// One target under one workload on one machine, in all its rounds.
 #[derive(Debug, Clone)]
-pub(super) struct Cell<'a> {
+pub(crate) struct Cell<'a> {
     /// The target.
-    pub(super) case: &'a str,
+    pub(crate) case: &'a str,
     /// The workload.
-    pub(super) setting: &'a str,
-    pub(super) options: &'a BTreeMap<String, String>,
-    pub(super) rounds: BTreeMap<u32, &'a Metrics>,
-    pub(super) facts: &'a BTreeMap<String, String>,
+    pub(crate) setting: &'a str,
+    pub(crate) options: &'a BTreeMap<String, String>,
+    pub(crate) rounds: BTreeMap<u32, &'a Metrics>,
+    pub(crate) facts: &'a BTreeMap<String, String>,
 }
 
 impl Cell<'_> {
     /// A metric by round.
-    pub(super) fn values(&self, metric: &str) -> BTreeMap<u32, f64> {
+    pub(crate) fn values(&self, metric: &str) -> BTreeMap<u32, f64> {
         self.rounds.iter().filter_map(|(round, metrics)| Some((*round, *metrics.get(metric)?))).collect()
     }
 
     /// The `quantile` (0 to 1) of a metric over the rounds, interpolated.
-    pub(super) fn quantile(&self, metric: &str, quantile: f64) -> Option<f64> {
+    pub(crate) fn quantile(&self, metric: &str, quantile: f64) -> Option<f64> {
         let values: Vec<f64> = self.values(metric).into_values().collect();
         quantile_of(&values, quantile)
     }
 
-    pub(super) fn median(&self, metric: &str) -> Option<f64> {
+    pub(crate) fn median(&self, metric: &str) -> Option<f64> {
         self.quantile(metric, 0.5)
     }
 
-    pub(super) fn option(&self, name: &str) -> &str {
+    pub(crate) fn option(&self, name: &str) -> &str {
         self.options.get(name).map_or("", String::as_str)
     }
 
     /// One of loam's devices, not a reference.
-    pub(super) fn is_loam(&self) -> bool {
+    pub(crate) fn is_loam(&self) -> bool {
         self.options.contains_key("transport")
     }
 
     /// A block device is read, no file.
-    pub(super) fn is_device(&self) -> bool {
+    pub(crate) fn is_device(&self) -> bool {
         let raw = ["rublk-null", "rublk-null-zero-copy", "rublk-loop", "rublk-loop-direct"];
         let raw = [raw.as_slice(), &["brd", "loop-tmpfs", "fuse-loop", "dev-zero"]].concat();
         self.option("layout") == "raw" || raw.contains(&self.option("reference"))
@@ -50,7 +50,7 @@ impl Cell<'_> {
 }
 
 /// The `quantile` of values in any order, interpolated between neighbours.
-pub(super) fn quantile_of(values: &[f64], quantile: f64) -> Option<f64> {
+pub(crate) fn quantile_of(values: &[f64], quantile: f64) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let place = quantile * sorted.len().checked_sub(1)? as f64;
@@ -60,14 +60,14 @@ pub(super) fn quantile_of(values: &[f64], quantile: f64) -> Option<f64> {
 
 /// All cells of one machine under one kernel and one build of loam.
 #[derive(Debug)]
-pub(super) struct Machine<'a> {
-    pub(super) name: String,
-    pub(super) cells: Vec<Cell<'a>>,
+pub(crate) struct Machine<'a> {
+    pub(crate) name: String,
+    pub(crate) cells: Vec<Cell<'a>>,
 }
 
 impl<'a> Machine<'a> {
     /// The machines of records, cells in an order that people expect.
-    pub(super) fn all(records: &[&'a Record]) -> Vec<Machine<'a>> {
+    pub(crate) fn all(records: &[&'a Record]) -> Vec<Machine<'a>> {
         let mut machines: Vec<Machine<'a>> = Vec::new();
         for record in records {
             let Record { kernel, processors, loam, .. } = record;
@@ -95,20 +95,24 @@ impl<'a> Machine<'a> {
     }
 
     /// Workloads in order.
-    pub(super) fn settings(&self) -> Vec<&'a str> {
-        let mut settings: Vec<&str> = self.cells.iter().map(|cell| cell.setting).collect();
-        settings.dedup();
+    pub(crate) fn settings(&self) -> Vec<&'a str> {
+        let mut settings: Vec<&str> = Vec::new();
+        for cell in &self.cells {
+            if !settings.contains(&cell.setting) {
+                settings.push(cell.setting);
+            }
+        }
         settings
     }
 
     /// The cell of a target under a workload; the one of the most rounds where several sizes were read.
-    pub(super) fn cell(&self, case: &str, setting: &str) -> Option<&Cell<'a>> {
+    pub(crate) fn cell(&self, case: &str, setting: &str) -> Option<&Cell<'a>> {
         let cells = self.cells.iter().filter(|cell| cell.case == case && cell.setting == setting);
         cells.max_by_key(|cell| cell.rounds.len())
     }
 
     /// What a cell is called beside others: with its size where sizes differ.
-    pub(super) fn label(&self, cell: &Cell<'_>) -> String {
+    pub(crate) fn label(&self, cell: &Cell<'_>) -> String {
         let twin = |other: &&Cell<'_>| other.case == cell.case && other.setting == cell.setting;
         match self.cells.iter().filter(twin).count() {
             0 | 1 => cell.case.to_string(),
@@ -126,7 +130,7 @@ fn order(cell: &Cell<'_>) -> (usize, bool, u32, u32) {
 }
 
 /// Ratios of one cell's metric to another's in the rounds that both have.
-pub(super) fn ratios(numerator: &Cell<'_>, denominator: &Cell<'_>, metric: &str) -> Vec<f64> {
+pub(crate) fn ratios(numerator: &Cell<'_>, denominator: &Cell<'_>, metric: &str) -> Vec<f64> {
     let below = denominator.values(metric);
     let ratio = |(round, value): (u32, f64)| Some(value / below.get(&round)?);
     let ratios = numerator.values(metric).into_iter().filter_map(ratio);

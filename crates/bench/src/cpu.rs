@@ -11,13 +11,13 @@ use anyhow::{Context, Result};
 
 /// Processor time in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub(super) struct Times {
-    pub(super) user: f64,
-    pub(super) system: f64,
+pub(crate) struct Times {
+    pub(crate) user: f64,
+    pub(crate) system: f64,
 }
 
 impl Times {
-    pub(super) fn total(self) -> f64 {
+    pub(crate) fn total(self) -> f64 {
         self.user + self.system
     }
 
@@ -32,7 +32,7 @@ impl Times {
 
 /// A look at the clocks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Snapshot {
+pub(crate) struct Snapshot {
     taken: Instant,
     servers: Times,
     /// Of children of this process that have ended.
@@ -42,20 +42,20 @@ pub(super) struct Snapshot {
 
 /// What was used between two looks.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Used {
+pub(crate) struct Used {
     /// Seconds that went by.
-    pub(super) elapsed: f64,
+    pub(crate) elapsed: f64,
     /// By the servers, all their threads.
-    pub(super) servers: Times,
+    pub(crate) servers: Times,
     /// By children that ended meanwhile: by fio, its start and end included.
-    pub(super) children: Times,
+    pub(crate) children: Times,
     /// By everybody.
-    pub(super) machine: f64,
+    pub(crate) machine: f64,
 }
 
 impl Snapshot {
     /// Looks now; `servers` are process ids. One that has gone counts nothing.
-    pub(super) fn take(servers: &[u32]) -> Result<Self> {
+    pub(crate) fn take(servers: &[u32]) -> Result<Self> {
         let tick = 1.0 / rustix::param::clock_ticks_per_second() as f64;
         let mut all = Times::default();
         for process in servers {
@@ -70,7 +70,7 @@ impl Snapshot {
     }
 
     /// What was used since `before`.
-    pub(super) fn since(self, before: Snapshot) -> Used {
+    pub(crate) fn since(self, before: Snapshot) -> Used {
         let elapsed = self.taken.duration_since(before.taken).as_secs_f64();
         let idle = self.machine.seconds - before.machine.seconds;
         Used {
@@ -84,7 +84,7 @@ impl Snapshot {
 
 impl Used {
     /// What neither servers nor children used.
-    pub(super) fn rest(&self) -> f64 {
+    pub(crate) fn rest(&self) -> f64 {
         (self.machine - self.servers.total() - self.children.total()).max(0.0)
     }
 }
