@@ -1,5 +1,7 @@
 //! The command line, as `--help` shows it.
 
+pub(crate) mod devices;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -16,6 +18,8 @@ use loam_block::size::ByteSize;
 ///   loam init; loam up; loam add debian tar:http://host/root.tar; loam run debian -- python3
 ///
 /// Sources are dir:PATH, tar:PATH-or-URL, file:PATH and http(s)://...; sizes are 4096, 64KiB, 64K, 4GiB, 4EiB.
+///
+/// And block devices, by NBD: loam serve, copy, info, map.
 #[derive(Debug, Parser)]
 #[command(
     name = "loam",
@@ -128,6 +132,14 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Seed,
     },
+    /// Serve devices by NBD, the network block device protocol: to qemu, libvirt, nbd-client, nbdcopy, loam copy.
+    Serve(Box<devices::ServeDevice>),
+    /// Copy a device to another; holes stay holes.
+    Copy(Box<devices::Copy>),
+    /// Show what a device is and can do; of an NBD server, its exports.
+    Info(devices::Info),
+    /// Show where a device has data, zeroes and holes.
+    Map(devices::Map),
     /// Measure, beside the peers.
     Bench(Box<loam_bench::Arguments>),
     /// Processes that loam starts itself.
@@ -297,7 +309,7 @@ pub(crate) struct Run {
 pub(crate) enum Range {
     /// Give a file or URL a range of addresses; prints it.
     Add {
-        /// file:PATH or http(s)://...
+        /// file:PATH, http(s)://... or an NBD URI.
         source: String,
     },
     /// List the ranges.
@@ -348,7 +360,8 @@ pub(crate) struct SeedMake {
     /// Bytes of a tree block, 4096 to 65536.
     #[arg(long, value_name = "N", default_value = "16KiB")]
     pub(crate) nodesize: ByteSize,
-    /// Clone the files of this index into a subvolume named image.
+    /// Clone the files of this index into a subvolume named image. VIRTUAL then follows from the index and its size alone:
+    /// any number of LOCALs, each a filesystem of its own, stand on it, or on index:INDEX (see loam serve --help).
     #[arg(long, value_name = "INDEX")]
     pub(crate) index: Option<PathBuf>,
     /// Format with simple quotas on (Linux 6.7 and newer).

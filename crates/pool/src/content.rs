@@ -11,9 +11,11 @@ use loam_image::{ImageSource, Index};
 use loam_space::{ContentId, Map, Resolver};
 use serde::{Deserialize, Serialize};
 
+use crate::device::{is_nbd_uri, parse_nbd_uri};
 use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
 use crate::indexes;
+use crate::nbd_source::NbdSource;
 use crate::trace::Traced;
 
 /// Bytes of a chunk of a file or URL that has no index.
@@ -111,6 +113,11 @@ impl Contents {
                     .step(|| format!("index {digest}"))??;
                 self.open_image(id, spec, &index).await
             }
+            ContentSpec::Bytes { source, pin } if is_nbd_uri(source) => {
+                let uri = parse_nbd_uri(source)?;
+                let source = NbdSource::open(&uri, WHOLE_CHUNK_BYTES, Some(pin)).await?;
+                self.insert(id, spec, Arc::new(source), Vec::new())
+            }
             ContentSpec::Bytes { source, pin } => {
                 let what = || format!("opening {source}");
                 let url = indexes::parse_location(source)?;
@@ -119,6 +126,16 @@ impl Contents {
                 self.insert(id, spec, Arc::new(source), Vec::new())
             }
         }
+    }
+
+    /// Which version of a file, URL or export there is now.
+    pub(crate) async fn pin(&self, source: &str) -> Result<Pin> {
+        if is_nbd_uri(source) {
+            return Ok(NbdSource::open(&parse_nbd_uri(source)?, WHOLE_CHUNK_BYTES, None).await?.pin());
+        }
+        let url = indexes::parse_location(source)?;
+        let bytes = loam_content::open(&self.http, &url, None).await.step(|| format!("opening {source}"))?;
+        Ok(bytes.pin())
     }
 
     /// The device of a content if somebody has read it already.

@@ -77,6 +77,11 @@ impl PoolDirectory {
         self.run().join("control.sock")
     }
 
+    /// Where the daemon serves its virtual device by NBD.
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.run().join("nbd.sock")
+    }
+
     /// What is attached and mounted: enough to resume it or to remove it.
     pub fn attach_state(&self) -> PathBuf {
         self.run().join("attach.json")

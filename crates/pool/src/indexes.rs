@@ -12,14 +12,15 @@ use loam_content::{Cache, Digest, HttpClient, HttpOptions, Importer, SourceUrl};
 use loam_image::{BuildOptions, ChunkSink, Index, SourceSpec};
 use serde::Serialize;
 
+use crate::device::{is_nbd_uri, parse_nbd_uri};
 use crate::directory::{PoolDirectory, write_atomic};
 use crate::error::{Context, Error, Result};
 
 /// The suffix of an index beside its source.
-const SUFFIX: &str = ".loam";
+pub(crate) const SUFFIX: &str = ".loam";
 
 /// The longest index that is fetched, in bytes.
-const MAX_INDEX_BYTES: u64 = loam_image::index::INDEX_BYTES_MAX;
+pub(crate) const MAX_INDEX_BYTES: u64 = loam_image::index::INDEX_BYTES_MAX;
 
 /// An index and how it was come by.
 pub(crate) struct Obtained {
@@ -179,6 +180,17 @@ pub(crate) fn load(directory: &PoolDirectory, digest: &Digest) -> Result<Index> 
         return Err(Error::BadFile { path, why });
     }
     Ok(index)
+}
+
+/// The source of a range: a path, a URL or an NBD URI, made absolute so that the daemon finds it.
+///
+/// # Errors
+/// What cannot be one.
+pub fn absolute_bytes(source: &str) -> Result<String> {
+    match is_nbd_uri(source) {
+        true => Ok(parse_nbd_uri(source)?.to_string()),
+        false => absolute_location(source),
+    }
 }
 
 /// A path or URL, made absolute so that the daemon finds it.

@@ -74,8 +74,9 @@ pub(crate) fn tear_down(directory: &PoolDirectory, config: &Config) -> Result<()
     }
     remove_lost(directory)?;
     bundle::remove_stale_state(directory)?;
-    for path in [directory.attach_state(), directory.control_socket(), directory.failure()] {
-        remove_if_there(&path)?;
+    let sockets = [directory.control_socket(), directory.nbd_socket()];
+    for path in [directory.attach_state(), directory.failure()].iter().chain(&sockets) {
+        remove_if_there(path)?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use loam_block::{
-    Access, BlockDevice, Capabilities, Extent, Geometry, Io, Located, Ticket, WriteFlags, ZeroFlags,
+    Access, BlockDevice, Capabilities, Extent, Geometry, Io, Locality, Located, Ticket, WriteFlags, ZeroFlags,
 };
 use loam_content::CachedDevice;
 use loam_space::BLOCK;
@@ -109,6 +109,15 @@ impl BlockDevice for Traced {
 
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>> {
         self.device.extents(offset, length, limit)
+    }
+
+    fn locality(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Locality>> {
+        self.device.locality(offset, length, limit)
+    }
+
+    /// Not a read: what is brought near beforehand is no sign of what a program wants first.
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        BlockDevice::prefetch(&self.device, offset, length)
     }
 
     fn locate(&self, offset: u64, length: u64, access: Access) -> Option<Located<'_>> {

@@ -16,10 +16,8 @@ pub(crate) fn run(context: &Context, command: Internal) -> anyhow::Result<ExitCo
         Internal::Mount { work } => Ok(loam_pool::mount_main(&context.directory, &work)?),
         Internal::Daemon { options } => {
             let options: UpOptions = serde_json::from_str(&options)?;
-            let filter = tracing_subscriber::EnvFilter::try_from_env("LOAM_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
             tracing_subscriber::fmt()
-                .with_env_filter(filter)
+                .with_env_filter(super::log_filter("info"))
                 .with_writer(std::io::stderr)
                 .with_ansi(false)
                 .init();

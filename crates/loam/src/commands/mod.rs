@@ -1,15 +1,19 @@
 //! One function for each command: call the library, print what it says.
 
+mod copy;
+mod device_info;
 mod image;
 mod internal;
 mod mount;
 mod pool;
 mod range;
 mod seed;
+mod serve;
 
 use std::process::ExitCode;
 
 use loam_pool::{Client, PoolDirectory};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::arguments::{Arguments, Command};
 
@@ -31,6 +35,10 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Internal { command } => return internal::run(&context, command),
         Command::Bench(options) => return loam_bench::run(*options).map(|()| ExitCode::SUCCESS),
         Command::Seed { command } => return seed::run(&context, command).map(|()| ExitCode::SUCCESS),
+        Command::Serve(options) => return on_all_processors(serve::run(&context, *options)),
+        Command::Copy(options) => return on_all_processors(copy::run(&context, *options)),
+        Command::Info(options) => return on_all_processors(device_info::info(&context, options)),
+        Command::Map(options) => return on_all_processors(device_info::map(&context, options)),
         other => other,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -42,6 +50,26 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
             command => unless_interrupted(asynchronous(&context, command)).await,
         }
     })
+}
+
+/// Runs commands that move blocks themselves.
+fn on_all_processors(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
+    tracing_subscriber::fmt()
+        .with_env_filter(log_filter("warn"))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A thread that waits for standard input would be waited for.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// What `LOAM_LOG` says, else messages from `level` on.
+fn log_filter(level: &str) -> tracing_subscriber::EnvFilter {
+    tracing_subscriber::EnvFilter::try_from_env("LOAM_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level))
 }
 
 /// The result of `work`, which is dropped on Ctrl-C or SIGTERM: that undoes what it had begun.
@@ -78,6 +106,10 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         | Command::Mount(_)
         | Command::Seed { .. }
         | Command::Bench(_)
+        | Command::Serve(_)
+        | Command::Copy(_)
+        | Command::Info(_)
+        | Command::Map(_)
         | Command::Internal { .. } => {
             unreachable!("dispatched above")
         }
@@ -87,14 +119,31 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
 
 /// Completes on Ctrl-C or SIGTERM.
 async fn interrupted() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+    match Signals::catch() {
+        Ok(mut signals) => signals.received().await,
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Ctrl-C and SIGTERM, from now on.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn catch() -> std::io::Result<Self> {
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Completes on the next one.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
     }
 }

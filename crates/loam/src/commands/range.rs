@@ -9,7 +9,7 @@ use crate::output;
 pub(crate) async fn run(context: &Context, command: Range) -> anyhow::Result<()> {
     match command {
         Range::Add { source } => {
-            let source = loam_pool::absolute_location(&source)?;
+            let source = loam_pool::absolute_bytes(&source)?;
             let range: RangeStatus = context.client.post("/ranges", &AddRangeRequest { source }).await?;
             output::print(context.json, &range, |range| format!("{} {}", range.address, range.length))
         }

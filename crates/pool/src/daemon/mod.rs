@@ -4,6 +4,7 @@
 mod api;
 mod attach;
 mod metrics;
+mod nbd;
 mod operations;
 
 use std::collections::{BTreeMap, HashSet};
@@ -15,9 +16,8 @@ use std::time::{Duration, Instant};
 use loam_attach::FileAttachment;
 use loam_attach::holder::FdStore;
 use loam_attach::transport::Attachment;
-use loam_block::{BlockDevice, FileDevice};
-use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions};
-use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
+use loam_block::BlockDevice;
+use loam_space::{AddressSpace, Map, Unmapped};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
@@ -29,6 +29,7 @@ use crate::content::{ContentSpec, Contents};
 use crate::directory::{PoolDirectory, remove_if_there};
 use crate::error::{Context, Error, Result};
 use crate::launch::UpOptions;
+use crate::served::Served;
 use crate::state::AttachState;
 
 /// How long a daemon waits for the lock of one that is just dying.
@@ -41,6 +42,7 @@ pub(crate) struct Pool {
     map: Arc<Map>,
     space: Arc<AddressSpace>,
     contents: Arc<Contents>,
+    device: Arc<dyn BlockDevice>,
     state: AttachState,
     attachment: Mutex<Attachment>,
     local: Mutex<Option<FileAttachment>>,
@@ -112,24 +114,19 @@ impl Pool {
     fn start(directory: &PoolDirectory, config: Config, options: &UpOptions, lock: File) -> Result<Self> {
         let started = Instant::now();
         let store = FdStore::from_environment().step(|| "asking for kept descriptors".to_owned())?;
-        let map = Arc::new(Map::open(directory.map()).step(|| "opening the map".to_owned())?);
-        let cache_options = CacheOptions { limit_bytes: config.cache_limit, ..CacheOptions::default() };
-        let cache = Cache::open(directory.cache(), cache_options).step(|| "opening the cache".to_owned())?;
-        let http = HttpClient::new(HttpOptions::default()).step(|| "setting up HTTP".to_owned())?;
-        let contents = Arc::new(Contents::new(directory, cache, http));
         let unmapped = match options.unmapped {
             UnmappedChoice::Error => Unmapped::Error,
             UnmappedChoice::Zeros => Unmapped::Zeros,
         };
-        let space = Arc::new(AddressSpace::new(map.clone(), contents.clone(), unmapped));
-        let device = virtual_device(directory, &space)?;
-        let (attachment, state) = attach::attach(directory, &config, options, device, &store)?;
+        let Served { map, space, contents, device } = Served::open(directory, config.cache_limit, unmapped)?;
+        let (attachment, state) = attach::attach(directory, &config, options, device.clone(), &store)?;
         let local = attach::attach_local(&config)?;
         let pool = Pool {
             directory: directory.clone(),
             map,
             space,
             contents,
+            device,
             attachment: Mutex::new(attachment),
             local: Mutex::new(local),
             store,
@@ -188,6 +185,7 @@ impl Pool {
         use std::os::unix::fs::PermissionsExt;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600))
             .step(|| format!("closing {}", socket.display()))?;
+        let nbd = nbd::Serving::begin(&self)?;
         remove_if_there(&self.directory.failure())?;
         self.store.ready().step(|| "saying that the pool is up".to_owned())?;
         if !lock_of(&self.attachment).is_kept(&self.store) {
@@ -211,6 +209,7 @@ impl Pool {
             .step(|| "answering the control socket".to_owned())?;
         terminated.abort();
         watched.abort();
+        nbd.end().await;
         remove_if_there(&socket)?;
         tracing::info!("down");
         Ok(())
@@ -367,12 +366,4 @@ impl Drop for Reservation<'_> {
 /// Locks; what a panicking request leaves behind is whole, because nothing is changed in more than one step.
 fn lock_of<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The virtual device of a pool: the formatted prefix, then the address space.
-fn virtual_device(directory: &PoolDirectory, space: &Arc<AddressSpace>) -> Result<Arc<dyn BlockDevice>> {
-    let path = directory.virtual_image();
-    let options = loam_block::FileOptions { read_only: true, ..loam_block::FileOptions::default() };
-    let prefix = FileDevice::open(&path, options).step(|| format!("opening {}", path.display()))?;
-    Ok(Arc::new(VirtualDevice::new(Arc::new(prefix), space.clone())))
 }

@@ -230,11 +230,9 @@ impl Pool {
 
     /// Gives a file or URL a range.
     pub(crate) async fn add_range(&self, request: &AddRangeRequest) -> Result<RangeStatus> {
-        let what = || format!("adding {}", request.source);
-        let url = indexes::parse_location(&request.source)?;
-        let bytes = loam_content::open(self.contents.http(), &url, None).await.step(what)?;
-        let spec = ContentSpec::Bytes { source: request.source.clone(), pin: bytes.pin().clone() };
-        let length = bytes.length().next_multiple_of(loam_space::BLOCK);
+        let pin = self.contents.pin(&request.source).await?;
+        let length = pin.length.next_multiple_of(loam_space::BLOCK);
+        let spec = ContentSpec::Bytes { source: request.source.clone(), pin };
         let (_, range) = place(&self.map, &spec, length)?;
         Ok(RangeStatus {
             address: range.start.0,
