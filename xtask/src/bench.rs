@@ -15,7 +15,10 @@ use crate::shell::{cargo, command, describe, is_root, output, release_binary, ru
 use crate::vm::{self, Version};
 use crate::{setup, test_vm};
 
-const BENCHES: [&str; 3] = ["start", "seed", "read"];
+const BENCHES: [&str; 5] = ["start", "seed", "read", "nbd", "zero"];
+
+/// They only start servers and copiers.
+const NO_ROOT: [&str; 2] = ["nbd", "zero"];
 
 /// What the index with a trace is called, behind the tar's name.
 const TRACED: &str = ".traced.loam";
@@ -39,7 +42,10 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
     if let Some(unknown) = chosen.iter().find(|bench| !BENCHES.contains(bench)) {
         bail!("no benchmark '{unknown}': there are {}", BENCHES.join(", "));
     }
-    ensure!(is_root(), "the benchmarks mount and attach loop devices: run them as root");
+    let needs_root = |bench: &str| !NO_ROOT.contains(&bench);
+    if chosen.is_empty() || chosen.iter().any(|bench| needs_root(bench)) {
+        ensure!(is_root(), "these benchmarks mount and attach loop devices: run them as root");
+    }
     setup::run_setup()?;
     let binary = release_binary()?;
     let directory = target().join("bench");
@@ -51,6 +57,10 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
         loam.args(["bench", bench, "--out"]).arg(&out).args(&options);
         match *bench {
             "start" => start(&binary, &mut loam)?,
+            "nbd" => {
+                show_and_run(&mut loam)?;
+                show_and_run(loam.arg("--copy"))?;
+            }
             _ => show_and_run(&mut loam)?,
         }
         results.push(out);

@@ -27,7 +27,7 @@ Usage: cargo xtask TASK [OPTIONS]
                            FILTER: a part of a test's name, or nextest's expressions, 'binary(pool_life)'
   demo [--quick]           everything a user gets, on a real image (root); --quick: a busybox image
   image                    only make the demo's image, and print its path (root)
-  bench [--quick] [--rounds=N] [start|seed|read]...
+  bench [--quick] [--rounds=N] [start|seed|read|nbd|zero]...
                            the figures of docs/benchmarks (root)
   bench read --vm [--kernel 6.12|7.2] [OPTIONS]
                            local reads where ublk and RAM disks are, beside rublk; OPTIONS of `loam bench read`

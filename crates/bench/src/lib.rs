@@ -89,7 +89,10 @@ impl Common {
 /// A tool that is missing (with its name), a command that failed (with its output), or a results file that cannot be
 /// read or written.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    record::stop_between_cases_when_interrupted()?;
+    // The echo loop has nothing to clean up: a signal ends it.
+    if !matches!(arguments.command, Command::NbdEcho(_)) {
+        record::stop_between_cases_when_interrupted()?;
+    }
     match arguments.command {
         Command::Start(options) => start::run(&options),
         Command::Seed(options) => seed::run(&options),

@@ -14,8 +14,8 @@ use super::wire;
 /// How long a server may take until it answers, and to end when it is told to.
 const PATIENCE: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(2);
-/// The most characters of what a server said.
-const SAID_MAX: usize = 1000;
+/// The most characters of the first line that a server said.
+const SAID_MAX: usize = 300;
 
 /// The program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -61,7 +61,7 @@ impl Server {
             let ended = server.process.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
                 let said = std::fs::read_to_string(&said).unwrap_or_default();
-                let said: String = said.trim().chars().take(SAID_MAX).collect();
+                let said: String = said.lines().next().unwrap_or_default().chars().take(SAID_MAX).collect();
                 bail!("{name} does not serve ({error:#}): {said}");
             }
             std::thread::sleep(TICK);
