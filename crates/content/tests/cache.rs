@@ -377,3 +377,45 @@ async fn an_import_becomes_a_content() {
     assert_eq!(cache.stats().bytes, whole.len() as u64);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "the lock and one content");
 }
+
+#[tokio::test]
+async fn what_is_local_and_what_is_brought_near() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::open(dir.path(), plain()).unwrap();
+    let source = Arc::new(Fake::new(9 * CHUNK as usize + 8192, CHUNK, true));
+    let device = cache.device("a", source.clone()).unwrap();
+    let device: &dyn BlockDevice = &device;
+    assert!(device.capabilities().lazy);
+    let size = device.geometry().size;
+    let chunk = u64::from(CHUNK);
+    let runs = async |offset, length, limit| {
+        let runs = device.locality(offset, length, limit).await.unwrap();
+        runs.iter().map(|run| (run.offset, run.length, run.local)).collect::<Vec<_>>()
+    };
+    assert_eq!(runs(0, size, 9).await, [(0, size, false)]);
+    device.prefetch(2 * chunk + 4096, chunk).await.unwrap();
+    device.prefetch(9 * chunk, 4096).await.unwrap();
+    assert_eq!(source.chunks.load(Ordering::SeqCst), 3, "two chunks, and the short last one");
+    let all = [
+        (0, 2 * chunk, false),
+        (2 * chunk, 2 * chunk, true),
+        (4 * chunk, 5 * chunk, false),
+        (9 * chunk, 8192, true),
+    ];
+    assert_eq!(runs(0, size, 9).await, all);
+    assert_eq!(runs(0, size, 2).await, all[..2]);
+    assert_eq!(
+        runs(chunk + 4096, chunk, 9).await,
+        [(chunk + 4096, chunk - 4096, false), (2 * chunk, 4096, true)]
+    );
+    let mut buffer = vec![0; 2 * CHUNK as usize];
+    assert!(device.read(2 * chunk, &mut buffer).is_ready(), "brought near: answered at once");
+    device.prefetch(0, size).await.unwrap();
+    assert_eq!(runs(0, size, 9).await, [(0, size, true)]);
+    source.down.store(true, Ordering::SeqCst);
+    device.prefetch(0, size).await.unwrap();
+    cache.evict(0);
+    assert_eq!(device.prefetch(0, 4096).await.unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(device.prefetch(1, 4096).await.unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(device.prefetch(size, 4096).await.unwrap_err().kind(), ErrorKind::OutOfBounds);
+}

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use loam_block::{
-    BlockDevice, Capabilities, Error, ErrorKind, Extent, Geometry, Io, Result, WriteFlags, ZeroFlags,
+    BlockDevice, Capabilities, Error, ErrorKind, Extent, Geometry, Io, Locality, Result, WriteFlags,
+    ZeroFlags,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -24,11 +25,13 @@ pub enum Operation {
     Trim,
     /// `flush`
     Flush,
-    /// `extents`
+    /// `extents` and `locality`
     Extents,
+    /// `prefetch`
+    Prefetch,
 }
 
-const OPERATIONS: usize = 6;
+const OPERATIONS: usize = 7;
 
 /// A device with faults. Without any it is transparent. Faults are set with the `with_` methods before use and can be
 /// switched off and on with [`FaultyDevice::set_faulty`]: a server that goes and comes back.
@@ -208,6 +211,16 @@ impl BlockDevice for FaultyDevice {
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>> {
         let fate = self.fate(Operation::Extents, offset, length);
         self.carry_out(fate, move || self.inner.extents(offset, length, limit))
+    }
+
+    fn locality(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Locality>> {
+        let fate = self.fate(Operation::Extents, offset, length);
+        self.carry_out(fate, move || self.inner.locality(offset, length, limit))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        let fate = self.fate(Operation::Prefetch, offset, length);
+        self.carry_out(fate, move || self.inner.prefetch(offset, length))
     }
 }
 

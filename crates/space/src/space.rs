@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use loam_block::{
-    Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, Located,
+    Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, Geometry, Io, Locality, Located,
     MAXIMUM_BLOCK, Ticket, WriteFlags, ZeroFlags, check_extents_range, check_range,
 };
 use tokio::sync::OnceCell;
+
+mod near;
 
 use crate::storage::{Directory, Storage};
 use crate::{Address, ContentId, Map, Place, Range};
@@ -231,7 +233,7 @@ impl<S: Storage> BlockDevice for AddressSpace<S> {
 
     fn capabilities(&self) -> Capabilities {
         let extents = self.unmapped == Unmapped::Zeros;
-        Capabilities { extents, multi_connection: true, ..Capabilities::default() }
+        Capabilities { extents, multi_connection: true, lazy: true, ..Capabilities::default() }
     }
 
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
@@ -261,6 +263,24 @@ impl<S: Storage> BlockDevice for AddressSpace<S> {
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Extent>> {
         let checked = check_extents_range(&self.geometry(), offset, length);
         Io::Ready(checked.map(|()| self.collect_extents(offset, length, limit)))
+    }
+
+    /// What is unmapped is local: reading it fails, or gives zeroes, but fetches nothing. What lies in a content is as its
+    /// device says; a content that was not read yet is resolved for that, and is not local where that fails.
+    fn locality(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Locality>> {
+        match check_extents_range(&self.geometry(), offset, length) {
+            Ok(()) => self.collect_locality(offset, length, limit),
+            Err(error) => Io::Ready(Err(error)),
+        }
+    }
+
+    /// Content by content, in the order of addresses; what is unmapped is passed over.
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        match check_range(&self.geometry(), "prefetch", offset, length) {
+            Ok(()) if length == 0 => Io::Ready(Ok(())),
+            Ok(()) => self.prefetch_parts(offset, offset + length),
+            Err(error) => Io::Ready(Err(error)),
+        }
     }
 
     /// Of what lies in one range of a content that was read before. Ranges never change, so a location is right if it is

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use loam_block::{
-    Access, BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, Located, MAXIMUM_BLOCK, Ticket,
-    WriteFlags, ZeroFlags, check_extents_range, check_range,
+    Access, BlockDevice, Capabilities, Extent, ExtentKind, Geometry, Io, Locality, Located, MAXIMUM_BLOCK,
+    Ticket, WriteFlags, ZeroFlags, check_extents_range, check_range,
 };
 
 use crate::space::{AddressSpace, refuse};
@@ -64,7 +64,7 @@ impl<S: Storage> BlockDevice for VirtualDevice<S> {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { extents: true, multi_connection: true, ..Capabilities::default() }
+        Capabilities { extents: true, multi_connection: true, lazy: true, ..Capabilities::default() }
     }
 
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
@@ -116,6 +116,41 @@ impl<S: Storage> BlockDevice for VirtualDevice<S> {
             Io::Ready(extents) => Io::Ready(extents.map(shift)),
             pending => Io::pending(async move { pending.await.map(shift) }),
         }
+    }
+
+    /// Of the part that `offset` lies in, like extents. Zeroes behind the prefix are local.
+    fn locality(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Locality>> {
+        if let Err(error) = check_extents_range(&self.geometry, offset, length) {
+            return Io::Ready(Err(error));
+        }
+        let prefix_end = self.prefix_end();
+        if offset < prefix_end {
+            return self.prefix.locality(offset, length.min(prefix_end - offset), limit);
+        }
+        if offset < VIRTUAL_BASE {
+            let length = length.min(VIRTUAL_BASE - offset);
+            return Io::Ready(Ok(vec![Locality { offset, length, local: true }]));
+        }
+        let shift = |mut runs: Vec<Locality>| {
+            runs.iter_mut().for_each(|run| run.offset += VIRTUAL_BASE);
+            runs
+        };
+        match self.space.locality(offset - VIRTUAL_BASE, length, limit) {
+            Io::Ready(runs) => Io::Ready(runs.map(shift)),
+            pending => Io::pending(async move { pending.await.map(shift) }),
+        }
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        if let Err(error) = check_range(&self.geometry, "prefetch", offset, length) {
+            return Io::Ready(Err(error));
+        }
+        let (end, prefix_end) = (offset + length, self.prefix_end());
+        let below = end.min(prefix_end).saturating_sub(offset);
+        let first = if below > 0 { self.prefix.prefetch(offset, below) } else { Io::Ready(Ok(())) };
+        let address = offset.saturating_sub(VIRTUAL_BASE);
+        let above = end.saturating_sub(VIRTUAL_BASE.max(offset));
+        first.and_then(move || self.space.prefetch(address, above))
     }
 
     /// Tickets of the address space are routed to a content; the prefix is one device, whose tickets are not.

@@ -1,13 +1,14 @@
 //! The address space and the virtual device, byte for byte.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use loam_block::conformance::{Contents, Profile, read_located, run};
 use loam_block::{
     Access, BlockDevice, Capabilities, Error, ErrorKind, Extent, ExtentKind, FileDevice, Geometry, Io,
-    Located, MemoryDevice, PatternDevice, Ticket, WriteFlags, ZeroFlags,
+    Locality, Located, MemoryDevice, PatternDevice, Ticket, WriteFlags, ZeroFlags, check_extents_range,
+    check_range,
 };
 use loam_sim::{FaultyDevice, Operation};
 use loam_space::{
@@ -60,7 +61,47 @@ impl BlockDevice for HalfSettled {
     }
 }
 
-/// Contents whose spec is a byte that fills them; `p` is the pattern, `d` a pattern that takes its time, `f` one in a
+/// Four blocks, each local once it was prefetched, and one question at a time. Takes whole blocks only.
+#[derive(Default)]
+struct Lazy {
+    local: [AtomicBool; 4],
+}
+
+impl BlockDevice for Lazy {
+    fn geometry(&self) -> Geometry {
+        let block = BLOCK as u32;
+        Geometry { size: 4 * BLOCK, minimum_block: block, preferred_block: block, maximum_block: 1 << 20 }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lazy: true, ..Capabilities::default() }
+    }
+
+    fn read<'a>(&'a self, _offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
+        buffer.fill(b'l');
+        Io::Ready(Ok(()))
+    }
+
+    fn locality(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Locality>> {
+        let checked = check_extents_range(&self.geometry(), offset, length);
+        let local = self.local[(offset / BLOCK) as usize].load(Ordering::SeqCst);
+        Io::Ready(checked.map(|()| vec![Locality { offset, length: BLOCK, local }]))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        if let Err(error) = check_range(&self.geometry(), "prefetch", offset, length) {
+            return Io::Ready(Err(error));
+        }
+        Io::pending(async move {
+            for block in offset / BLOCK..(offset + length) / BLOCK {
+                self.local[block as usize].store(true, Ordering::SeqCst);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Contents whose spec is a byte that fills them; `l` is [`Lazy`], `p` is the pattern, `d` a pattern that takes its time, `f` one in a
 /// file, `h` one that is [`HalfSettled`].
 #[derive(Default)]
 struct Fills {
@@ -79,6 +120,7 @@ impl Resolver for Fills {
         let pattern = PatternDevice::new(64 << 20);
         Io::Ready(Ok(match spec[0] {
             b'p' => Arc::new(pattern),
+            b'l' => Arc::new(Lazy::default()),
             b'f' => Arc::new(FileDevice::pattern_in_memory(1 << 20).expect("memory")),
             b'h' => Arc::new(HalfSettled(FileDevice::pattern_in_memory(8 * BLOCK).expect("memory"))),
             b'd' => Arc::new(
@@ -378,4 +420,82 @@ fn both_devices_keep_the_contract() {
         run(&device, &profile);
     }
     assert_eq!(fixture.map.lookup(Address(0)).map(|range| range.content), Some(ContentId(0)));
+}
+
+/// Asks again and again until all of `offset..end` is known.
+async fn localities(device: &dyn BlockDevice, offset: u64, end: u64) -> Vec<(u64, u64, bool)> {
+    let mut all: Vec<(u64, u64, bool)> = Vec::new();
+    let mut at = offset;
+    while at < end {
+        let runs = device.locality(at, end - at, 3).await.expect("locality");
+        assert!((1..=3).contains(&runs.len()), "{runs:?}");
+        for run in runs {
+            assert!(run.offset == at && run.length > 0 && run.offset + run.length <= end, "{run:?}");
+            at += run.length;
+            match all.last_mut() {
+                Some(last) if last.2 == run.local => last.1 += run.length,
+                _ => all.push((run.offset, run.length, run.local)),
+            }
+        }
+    }
+    all
+}
+
+#[tokio::test]
+async fn what_is_local_and_what_is_brought_near() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"l", &[4]);
+    fixture.add(b"m", &[2]);
+    fixture.add(b"l", &[4]);
+    let starts: Vec<u64> = fixture.map.ranges().map(|range| range.start.0).collect();
+    let [first, _, second] = starts[..] else { panic!("{starts:?}") };
+    let space = Arc::new(AddressSpace::new(fixture.map.clone(), fixture.resolver.clone(), Unmapped::Error));
+    assert!(space.capabilities().lazy);
+    let all =
+        |local: [(u64, u64, bool); 4]| local.map(|(start, blocks, local)| (start, blocks * BLOCK, local));
+    let end = second + 4 * BLOCK;
+    let before = all([(first, 4, false), (first + 4 * BLOCK, 2, true), (second, 4, false), (end, 6, true)]);
+    assert_eq!(
+        localities(&*space, first, end + 6 * BLOCK).await,
+        before,
+        "contents are resolved to be asked"
+    );
+    assert_eq!(fixture.resolver.calls.load(Ordering::SeqCst), 3);
+
+    // From the middle of the last block but one of the first to the first byte of the second.
+    space.prefetch(first + 2 * BLOCK + 100, second + 1 - first - 2 * BLOCK - 100).await.expect("prefetch");
+    let after = localities(&*space, first, end).await;
+    let expected = [(first, 2, false), (first + 2 * BLOCK, 5, true), (second + BLOCK, 3, false)];
+    assert_eq!(after, expected.map(|(start, blocks, local)| (start, blocks * BLOCK, local)));
+    let part = space.locality(first + BLOCK + 10, BLOCK, 9).await.expect("locality");
+    let part: Vec<_> = part.iter().map(|run| (run.offset, run.length, run.local)).collect();
+    assert_eq!(part[0], (first + BLOCK + 10, BLOCK - 10, false));
+    space.prefetch(0, 1 << 30).await.expect("all of it, holes and all");
+    assert_eq!(localities(&*space, 0, 1 << 30).await, [(0, 1 << 30, true)]);
+    assert!(space.prefetch(0, 0).is_ready());
+
+    let prefix = Arc::new(MemoryDevice::new(1 << 20));
+    let device = VirtualDevice::new(prefix, space);
+    assert!(device.capabilities().lazy);
+    assert_eq!(localities(&device, 0, VIRTUAL_BASE + end).await, [(0, VIRTUAL_BASE + end, true)]);
+    device.prefetch(0, device.geometry().size).await.expect("prefetch");
+}
+
+#[tokio::test]
+async fn a_prefetch_passes_through_the_virtual_device() {
+    let fixture = Fixture::new(1 << 30);
+    fixture.add(b"l", &[4]);
+    let start = fixture.map.ranges().next().expect("a range").start.0;
+    let space = Arc::new(AddressSpace::new(fixture.map.clone(), fixture.resolver.clone(), Unmapped::Error));
+    let device = VirtualDevice::new(Arc::new(MemoryDevice::new(1 << 20)), space);
+    device.prefetch(VIRTUAL_BASE - 4096, 4096 + start + 2 * BLOCK).await.expect("across the base");
+    let from = VIRTUAL_BASE - 4096;
+    let runs = localities(&device, from, VIRTUAL_BASE + start + 4 * BLOCK).await;
+    let local = 4096 + start + 2 * BLOCK;
+    assert_eq!(runs, [(from, local, true), (from + local, 2 * BLOCK, false)]);
+    fixture.resolver.failures_left.store(u64::MAX, Ordering::SeqCst);
+    let fresh = AddressSpace::new(fixture.map.clone(), fixture.resolver.clone(), Unmapped::Error);
+    assert_eq!(localities(&fresh, start, start + BLOCK).await, [(start, BLOCK, false)], "as far as is known");
+    let error = fresh.prefetch(start, BLOCK).await.expect_err("it cannot be reached");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
 }

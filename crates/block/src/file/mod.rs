@@ -229,6 +229,17 @@ impl BlockDevice for FileDevice {
         self.on_pool(move |file| extents::collect(file, &known_data, offset, length, limit))
     }
 
+    /// Asks the kernel to read ahead (`posix_fadvise`), which is done when it has begun to.
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        if let Err(error) = self.check("prefetch", offset, length) {
+            return Io::Ready(Err(error));
+        }
+        if length == 0 || !self.file.has_page_cache_to_fill() {
+            return Io::Ready(Ok(()));
+        }
+        self.on_pool(move |file| file.read_ahead(offset, length))
+    }
+
     /// Always: whoever has the file may read it. A file that was cut short gives a short read, and `read` says so.
     fn locate(&self, offset: u64, length: u64, _access: Access) -> Option<Located<'_>> {
         let aligned = (offset | length) & (u64::from(self.geometry.minimum_block) - 1) == 0;
@@ -254,6 +265,29 @@ mod tests {
             answer.await?;
             assert_eq!(buffer, [7; 4096]);
         }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_prefetch_fills_the_page_cache() -> Result<()> {
+        let directory = tempfile::tempdir_in("/var/tmp").expect("temporary directory");
+        let path = directory.path().join("f");
+        std::fs::write(&path, vec![7; 8 << 20]).expect("file");
+        let file = std::fs::File::open(&path).expect("file");
+        file.sync_all().expect("written back");
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("dropped");
+        let device = FileDevice::open(&path, FileOptions { read_only: true, ..FileOptions::default() })?;
+        let far = 4 << 20;
+        if device.read(far, &mut [0; 4096]).is_ready() {
+            return Ok(()); // the file system keeps its pages (overlayfs and tmpfs do): nothing to see
+        }
+        device.prefetch(far, 1 << 20).await?;
+        let mut ready = false;
+        for _ in 0..500 {
+            ready = ready || device.read(far + (1 << 19), &mut [0; 4096]).is_ready();
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        assert!(ready, "nobody read it, and it is there");
         Ok(())
     }
 

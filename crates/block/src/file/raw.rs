@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, FallocateFlags, MemfdFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FallocateFlags, MemfdFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::FileOptions;
@@ -308,6 +309,19 @@ impl RawFile {
             self.fallocate(FallocateFlags::PUNCH_HOLE, "trim", offset, length)?;
         }
         Ok(())
+    }
+
+    /// Whether there is a page cache that may not hold the file's bytes.
+    pub(super) fn has_page_cache_to_fill(&self) -> bool {
+        self.kind != Kind::InMemory && !self.direct
+    }
+
+    /// Starts reading into the page cache. Advice: what cannot be had is found out by who reads it.
+    pub(super) fn read_ahead(&self, offset: u64, length: u64) -> Result<()> {
+        match rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed) {
+            Ok(()) | Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
+            Err(errno) => Err(self.fail("prefetch", offset, length, errno.into())),
+        }
     }
 
     pub(super) fn sync(&self) -> Result<()> {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use loam_block::{
-    Access, BlockDevice, Capabilities, Error as BlockError, Geometry, Io, Located, Ticket, check_range,
+    Access, BlockDevice, Capabilities, Error as BlockError, Geometry, Io, Locality, Located, Ticket,
+    check_extents_range, check_range,
 };
 
 use super::content::Content;
@@ -18,6 +19,8 @@ use crate::{ChunkSource, Error, Result};
 
 /// The longest read in one piece, in bytes.
 const READ_BYTES_MAX: u32 = 4 << 20;
+/// Chunks that one question for locality looks at before it answers with what it has.
+const LOCALITY_CHUNKS_MAX: u64 = 64 << 10;
 
 /// A content of the cache. Offsets and lengths of reads are multiples of 4 KiB, the unit that is verified. Cheap to
 /// clone; the content is in use until the last clone goes.
@@ -123,7 +126,7 @@ impl BlockDevice for CachedDevice {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { multi_connection: true, ..Capabilities::default() }
+        Capabilities { multi_connection: true, lazy: true, ..Capabilities::default() }
     }
 
     fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
@@ -141,6 +144,43 @@ impl BlockDevice for CachedDevice {
             let length = buffer.len();
             self.content.clone().read_slow(offset, buffer).await.map_err(|error| {
                 let context = format!("read of {length} bytes at {offset} of {}", self.content.name());
+                BlockError::with_source(error.kind(), context, error)
+            })
+        })
+    }
+
+    /// A chunk is local when it is stored; what is on its way is not yet.
+    fn locality(&self, offset: u64, length: u64, limit: usize) -> Io<'_, Vec<Locality>> {
+        if let Err(error) = check_extents_range(&self.geometry(), offset, length) {
+            return Io::Ready(Err(error));
+        }
+        let shape = self.content.shape();
+        let end = offset + length;
+        let mut runs: Vec<Locality> = Vec::new();
+        let first = shape.chunk_of(offset);
+        for chunk in (first..=shape.chunk_of(end - 1)).take(LOCALITY_CHUNKS_MAX as usize) {
+            let local = self.content.shelf.store.is_present(chunk);
+            let start = shape.start(chunk).max(offset);
+            let stop = (shape.start(chunk) + shape.bytes_of(chunk)).min(end);
+            let full = runs.len() >= limit.max(1);
+            match runs.last_mut() {
+                Some(run) if run.local == local => run.length += stop - start,
+                _ if full => break,
+                _ => runs.push(Locality { offset: start, length: stop - start, local }),
+            }
+        }
+        Io::Ready(Ok(runs))
+    }
+
+    /// Fetches the chunks that are missing, as [`CachedDevice::prefetch`] does: in the background of reads that wait.
+    fn prefetch(&self, offset: u64, length: u64) -> Io<'_, ()> {
+        if let Err(error) = check_range(&self.geometry(), "prefetch", offset, length) {
+            return Io::Ready(Err(error));
+        }
+        Io::pending(async move {
+            let range = offset..offset + length;
+            CachedDevice::prefetch(self, &[range], &|_| ()).await.map_err(|error| {
+                let context = format!("prefetch of {length} bytes at {offset} of {}", self.content.name());
                 BlockError::with_source(error.kind(), context, error)
             })
         })
