@@ -12,6 +12,7 @@ pub mod compare;
 pub mod disk;
 mod harness;
 mod http;
+pub mod kernel_nbd;
 mod leaks;
 mod reader;
 pub mod tarball;
