@@ -4,7 +4,12 @@
 //! task, many with one `send`; what has to wait goes to a task of its own and is answered when it is done, in whatever
 //! order that is. `docs/decisions/2026-11-21-nbd-server.md` says what was weighed.
 
+mod buffers;
+mod connection;
+mod export;
+mod handshake;
 mod listener;
+mod work;
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -13,11 +18,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loam_block::BlockDevice;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
 use crate::tls::TlsPolicy;
+use connection::{Connection, Pools};
+use handshake::{Haggling, Outcome};
 use listener::Accepted;
 pub use listener::Listener;
 
@@ -105,6 +114,7 @@ pub enum ServerError {
 pub struct Server {
     exports: Vec<Export>,
     options: ServerOptions,
+    pools: Pools,
 }
 
 impl Server {
@@ -131,7 +141,7 @@ impl Server {
                 return Err(ServerError::Duplicate { name });
             }
         }
-        Ok(Arc::new(Server { exports, options }))
+        Ok(Arc::new(Server { exports, options, pools: Pools::new() }))
     }
 
     /// Takes connections from `listener` until `shutdown` is done; then takes no more, lets each connection finish what
@@ -208,11 +218,42 @@ impl Server {
         self.serve_connection(stream, stopping).await
     }
 
-    async fn serve_connection<S>(&self, stream: S, stopping: watch::Receiver<bool>) -> io::Result<()>
+    async fn serve_connection<S>(&self, mut stream: S, mut stopping: watch::Receiver<bool>) -> io::Result<()>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        drop((stream, stopping, &self.exports));
-        Ok(())
+        let deadline = Instant::now() + self.options.handshake_timeout;
+        let mut haggling = within(deadline, Haggling::begin(self, &mut stream)).await?;
+        match within(deadline, haggling.options(&mut stream, &mut stopping)).await? {
+            Outcome::Closed => stream.shutdown().await,
+            Outcome::Transmission(session) => Connection::new(self, stream, session, stopping).run().await,
+            Outcome::StartTls => {
+                let mut stream = within(deadline, self.accept_tls(stream)).await?;
+                haggling.secured();
+                match within(deadline, haggling.options(&mut stream, &mut stopping)).await? {
+                    Outcome::Transmission(session) => {
+                        Connection::new(self, stream, session, stopping).run().await
+                    }
+                    Outcome::Closed | Outcome::StartTls => stream.shutdown().await,
+                }
+            }
+        }
     }
+
+    async fn accept_tls<S>(&self, stream: S) -> io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        match &self.options.tls {
+            TlsPolicy::Allow(tls) | TlsPolicy::Require(tls) => tls.accept(stream).await,
+            TlsPolicy::Refuse => Err(io::Error::other("TLS was begun on a server that has none")),
+        }
+    }
+}
+
+/// What `step` of a handshake comes to, if it does so until `deadline`.
+async fn within<T>(deadline: Instant, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout_at(deadline, step).await.unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "the client did not finish the handshake in time"))
+    })
 }
