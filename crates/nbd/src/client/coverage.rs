@@ -99,7 +99,9 @@ mod tests {
         let mut coverage = Coverage::default();
         coverage.add(4, 4, false, 16).unwrap();
         coverage.add(12, 1, false, 16).unwrap();
-        for (start, length) in [(4, 4), (3, 2), (7, 1), (0, 16), (5, 1), (12, 4), (16, 1), (0, 0), (u64::MAX, 2)] {
+        for (start, length) in
+            [(4, 4), (3, 2), (7, 1), (0, 16), (5, 1), (12, 4), (16, 1), (0, 0), (u64::MAX, 2)]
+        {
             assert!(coverage.add(start, length, false, 16).is_err(), "{length} at {start}");
         }
         coverage.add(8, 4, false, 16).unwrap();

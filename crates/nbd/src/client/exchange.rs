@@ -20,6 +20,17 @@ pub(super) enum Body<'a> {
     None,
 }
 
+impl Body<'_> {
+    /// The same for one more sending.
+    pub(super) fn again(&mut self) -> Body<'_> {
+        match self {
+            Body::Into(buffer) => Body::Into(buffer),
+            Body::From(data) => Body::From(data),
+            Body::None => Body::None,
+        }
+    }
+}
+
 /// A request without its cookie.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Order {
@@ -67,9 +78,11 @@ impl<'a> Exchange<'a> {
     fn enter(&mut self, cx: &Context<'_>) -> Result<Option<u32>, Failure> {
         if self.slot.is_none() {
             let Some((index, cookie)) = self.link.enter(self.order.expected(), cx)? else { return Ok(None) };
-            let Order { command, flags, offset, length } = self.order;
+            let Order { command, mut flags, offset, length } = self.order;
+            let extended = self.link.style == HeaderStyle::Extended;
+            flags.set(CommandFlags::PAYLOAD_LEN, extended && command == Command::Write);
             let request = Request { flags, command, cookie, offset, length };
-            if self.link.style == HeaderStyle::Extended {
+            if extended {
                 self.header = request.encode_extended();
             } else if let Some(header) = request.encode_compact() {
                 self.header[..Request::COMPACT_LENGTH].copy_from_slice(&header);

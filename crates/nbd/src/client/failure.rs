@@ -50,9 +50,11 @@ impl Break {
     /// The error of a request that this ended. `context` says what was tried on what.
     pub(super) fn error(&self, context: String) -> Error {
         match &self.kind {
-            BreakKind::Transport(source) => {
-                Error::with_source(ErrorKind::Unavailable, context, io::Error::new(source.kind(), source.to_string()))
-            }
+            BreakKind::Transport(source) => Error::with_source(
+                ErrorKind::Unavailable,
+                context,
+                io::Error::new(source.kind(), source.to_string()),
+            ),
             BreakKind::Protocol(source) => {
                 let context = format!("{context}: the server broke the protocol");
                 Error::with_source(ErrorKind::Io, context, source.clone())
@@ -84,10 +86,7 @@ impl From<io::Error> for Break {
 #[derive(Debug, Clone)]
 pub(super) enum Failure {
     /// The server answered with an error.
-    Refused {
-        error: NbdError,
-        message: String,
-    },
+    Refused { error: NbdError, message: String },
     /// The connection broke before the answer came.
     Broken(Arc<Break>),
 }

@@ -10,7 +10,8 @@
 //! sent by half takes the connection with it. A leader that is not polled any more loses the role ([`Link::tick`]).
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 
@@ -19,9 +20,10 @@ use tokio::sync::Notify;
 
 use super::coverage::Coverage;
 use super::failure::{Break, BreakKind, Failure};
+use super::handshake::ContextIds;
 use super::receive::Receiver;
 use super::transport::Halves;
-use crate::protocol::{HeaderStyle, NbdError, StatusChunk};
+use crate::protocol::{Command, CommandFlags, HeaderStyle, NbdError, Request, StatusChunk};
 
 /// Requests that one connection has in flight at most, those counted whose futures are gone. More wait.
 const IN_FLIGHT_MAX: usize = 1024;
@@ -171,11 +173,13 @@ pub(super) struct Reply {
 /// A connection in its transmission phase.
 pub(super) struct Link {
     pub(super) style: HeaderStyle,
+    pub(super) contexts: ContextIds,
     /// Which of the device's connections in time this is: 0 for those it began with.
     pub(super) epoch: u64,
     pub(super) receiver: Mutex<Receiver>,
     pub(super) writer: Mutex<Box<dyn AsyncWrite + Send + Unpin>>,
     table: Mutex<Table>,
+    is_broken: AtomicBool,
     /// Bytes of the requests in flight, and something for each of them: what connections are chosen by.
     load: AtomicU64,
     /// Bytes that were written and acknowledged, and not flushed since.
@@ -192,7 +196,7 @@ pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Link {
-    pub(super) fn new(style: HeaderStyle, epoch: u64, halves: Halves) -> Self {
+    pub(super) fn new(style: HeaderStyle, contexts: ContextIds, epoch: u64, halves: Halves) -> Self {
         let table = Table {
             slots: Vec::new(),
             free: Vec::new(),
@@ -208,10 +212,12 @@ impl Link {
         };
         Link {
             style,
+            contexts,
             epoch,
             receiver: Mutex::new(Receiver::new(halves.read)),
             writer: Mutex::new(halves.write),
             table: Mutex::new(table),
+            is_broken: AtomicBool::new(false),
             load: AtomicU64::new(0),
             unflushed: AtomicU64::new(0),
             clock: Arc::default(),
@@ -227,9 +233,9 @@ impl Link {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// Why it is of no use any more, if so.
-    pub(super) fn broken(&self) -> Option<Arc<Break>> {
-        self.table().broken.clone()
+    /// Whether it is of no use any more.
+    pub(super) fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::SeqCst)
     }
 
     /// Gives the connection up: every request on it fails with `cause`. The first cause stays.
@@ -240,6 +246,7 @@ impl Link {
         }
         let cause = Arc::new(cause);
         table.broken = Some(cause.clone());
+        self.is_broken.store(true, Ordering::SeqCst);
         let mut wakers: Vec<Waker> = table.crowd.drain(..).collect();
         let waiting = table.slots.iter_mut().filter(|slot| slot.phase != Phase::Free);
         wakers.extend(waiting.map(|slot| std::mem::replace(&mut slot.waker, Waker::noop().clone())));
@@ -331,8 +338,9 @@ impl Link {
         if table.leader == Some(me) {
             leader = table.choose_leader(Some(me)).map_or_else(|| leader, |index| table.take_waker(index));
         }
+        let broken = table.broken.is_some();
         let slot = &mut table.slots[me as usize];
-        if slot.phase == Phase::Done || !begun || table.broken.is_some() {
+        if slot.phase == Phase::Done || !begun || broken {
             self.leave(table, me);
         } else {
             slot.phase = Phase::Abandoned;
@@ -373,7 +381,8 @@ impl Link {
     pub(super) fn tick(&self, limit: u32, slow_limit: u32) -> bool {
         let mut table = self.table();
         let mut late = false;
-        for slot in table.slots.iter_mut().filter(|slot| matches!(slot.phase, Phase::Live | Phase::Abandoned)) {
+        for slot in table.slots.iter_mut().filter(|slot| matches!(slot.phase, Phase::Live | Phase::Abandoned))
+        {
             slot.age += 1;
             late |= slot.age > if slot.expected.slow { slow_limit } else { limit };
         }
@@ -400,10 +409,31 @@ impl Link {
         busy
     }
 
-    /// Whether nobody is sending, so that a last word can be said.
-    pub(super) fn is_silent(&self) -> bool {
-        let table = self.table();
-        table.sender.is_none() && table.broken.is_none()
+    /// Tells the server that this was all, if that goes without waiting.
+    pub(super) fn say_goodbye(&self) {
+        {
+            let table = self.table();
+            if table.sender.is_some() || table.broken.is_some() {
+                return;
+            }
+        }
+        let (flags, command) = (CommandFlags::empty(), Command::Disconnect);
+        let request = Request { flags, command, cookie: 0, offset: 0, length: 0 };
+        let header = match self.style {
+            HeaderStyle::Extended => request.encode_extended().to_vec(),
+            _ => request.encode_compact().map_or_else(Vec::new, Vec::from),
+        };
+        let mut writer = lock(&self.writer);
+        let cx = &mut Context::from_waker(Waker::noop());
+        let _ = Pin::new(&mut *writer).poll_write(cx, &header);
+        let _ = Pin::new(&mut *writer).poll_shutdown(cx);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Who counts its time sees that it is gone.
+        self.clock.notify_one();
     }
 }
 

@@ -83,7 +83,12 @@ impl Receiver {
     }
 
     /// Fills `target` from the buffer and then from the socket; `done` says how far it came.
-    fn receive(&mut self, target: &mut [u8], done: &mut usize, cx: &mut Context<'_>) -> Poll<Result<(), Break>> {
+    fn receive(
+        &mut self,
+        target: &mut [u8],
+        done: &mut usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Break>> {
         let buffered = self.take(target.len());
         target[..buffered.len()].copy_from_slice(buffered);
         *done = buffered.len();
@@ -229,7 +234,12 @@ impl Link {
     }
 
     /// Receives data for the leader itself.
-    fn take_own(&self, receiver: &mut Receiver, buffer: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<(), Break>> {
+    fn take_own(
+        &self,
+        receiver: &mut Receiver,
+        buffer: &mut [u8],
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Break>> {
         let Progress::Data(Incoming { slot, at, remaining, last, .. }) = receiver.progress else {
             return Poll::Ready(Ok(()));
         };
@@ -401,7 +411,8 @@ impl Link {
         let (index, slot) = table.find(header.cookie).ok_or_else(|| stranger("a chunk"))?;
         match chunk {
             Chunk::Hole { offset, length } => {
-                slot.covered(offset, length.into(), true).map_err(|why| Break::content("a hole chunk", why))?;
+                slot.covered(offset, length.into(), true)
+                    .map_err(|why| Break::content("a hole chunk", why))?;
             }
             Chunk::Status(status) => slot.note_status(status)?,
             Chunk::Error(error) if error.error == NbdError::Shutdown => {
