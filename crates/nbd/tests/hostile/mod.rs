@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// A test that waits longer than this for bytes has failed.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
 pub(crate) const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
