@@ -27,14 +27,14 @@ fn what_does_not_greet_is_no_server() {
         &[0xff; 100],
     ];
     for greeting in greetings {
-        let refused = refusal(Style::Simple, |liar| {
+        let refused = refusal(Style::Simple, move |liar| {
             liar.peer.try_send(greeting);
             assert_eq!(liar.peer.drain(100), 0, "the client has nothing to say to it");
         });
         assert!(matches!(refused, ConnectError::Protocol { .. }), "{refused}");
     }
     for cut in [&b""[..], b"NBDMAGIC", b"NBDMAGICIHAVEOPT\0"] {
-        let refused = refusal(Style::Simple, |liar| liar.peer.try_send(cut));
+        let refused = refusal(Style::Simple, move |liar| liar.peer.try_send(cut));
         assert!(matches!(refused, ConnectError::Io { .. }), "{refused}");
     }
 }
@@ -51,8 +51,11 @@ fn an_oldstyle_server_is_called_by_its_name() {
 
 #[test]
 fn a_silent_server_is_not_waited_for() {
-    let silences: [(&str, fn(&mut Liar)); 3] = [
-        ("no greeting", |liar| drop(liar.peer.drain(100))),
+    type Silence = fn(&mut Liar);
+    let silences: [(&str, Silence); 3] = [
+        ("no greeting", |liar| {
+            liar.peer.drain(100);
+        }),
         ("no answer", |liar| {
             liar.greet();
             liar.peer.drain(1000);
@@ -83,13 +86,15 @@ fn a_byte_at_a_time_is_understood() {
         drip(&mut liar.peer, Bytes::new().raw("NBDMAGICIHAVEOPT\0\x03"));
         liar.peer.u32();
         while let Some((code, data)) = liar.option() {
-            drip(&mut liar.peer, liar.good_answer(code, &data));
+            let answer = liar.good_answer(code, &data);
+            drip(&mut liar.peer, answer);
             if code == 7 {
                 break;
             }
         }
         while let Some(request) = liar.request() {
-            drip(&mut liar.peer, liar.good_reply(&request));
+            let reply = liar.good_reply(&request);
+            drip(&mut liar.peer, reply);
         }
     });
     let device = stage.connect().unwrap();
@@ -176,7 +181,8 @@ fn refusals_are_told_as_what_they_are() {
     }
     let text = refused(ERR_POLICY, b"because\x1b[31m of \xff \0 reasons").to_string();
     assert!(text.contains("because") && !text.contains(|c: char| c.is_control()), "{text:?}");
-    let refused = refusal(Style::Extended, spoil_answer(7, |code| reply(code, ERR_POLICY, vec![b'x'; 60_000])));
+    let refused =
+        refusal(Style::Extended, spoil_answer(7, |code| reply(code, ERR_POLICY, vec![b'x'; 60_000])));
     assert!(refused.to_string().len() < 5000, "an essay");
 }
 
@@ -223,11 +229,17 @@ fn any_size_is_lived_with() {
         });
         let device = stage.connect().unwrap();
         let last = device.geometry().size / 512 * 512;
-        for (offset, length) in [(0, 512), (last.saturating_sub(512), 512), (last, 512), (u64::MAX - 511, 512)] {
+        for (offset, length) in
+            [(0, 512), (last.saturating_sub(512), 512), (last, 512), (u64::MAX - 511, 512)]
+        {
             let inside = offset.checked_add(length).is_some_and(|end| end <= device.geometry().size);
             let mut buffer = vec![0; length as usize];
             assert_eq!(stage.in_time(device.read(offset, &mut buffer)).is_ok(), inside, "{offset} of {size}");
-            assert_eq!(stage.in_time(device.extents(offset, length, 10)).is_ok(), inside, "{offset} of {size}");
+            assert_eq!(
+                stage.in_time(device.extents(offset, length, 10)).is_ok(),
+                inside,
+                "{offset} of {size}"
+            );
             assert_eq!(stage.in_time(device.trim(offset, length)).is_ok(), inside, "{offset} of {size}");
         }
         stage.end(Some(device));

@@ -155,7 +155,9 @@ fn chunks_that_break_the_protocol() {
         ("an overlap", |liar, asked| liar.data(asked, 0, 4096, 4097).raw(liar.data(asked, 1, 8192, 4096))),
         ("a hole in data", |liar, asked| liar.data(asked, 0, 4096, 8192).raw(liar.hole(asked, 1, 5000, 1))),
         ("the same twice", |liar, asked| {
-            liar.data(asked, 0, 4096, 4096).raw(liar.data(asked, 0, 4096, 4096)).raw(liar.chunk(asked, 1, 0, ""))
+            liar.data(asked, 0, 4096, 4096)
+                .raw(liar.data(asked, 0, 4096, 4096))
+                .raw(liar.chunk(asked, 1, 0, ""))
         }),
     ];
     for style in [Style::Structured, Style::Extended] {
@@ -182,7 +184,9 @@ fn holes_and_errors_that_break_the_protocol() {
             liar.chunk(asked, 1, 0x8002, Bytes::new().u32(5).u16(8).raw([0; 8]))
         }),
         ("an unknown error that is too short", |liar, asked| liar.chunk(asked, 1, 0x8042, "abc")),
-        ("an error of four billion bytes", |liar, asked| liar.chunk_header(asked, 1, 0x8001, u32::MAX.into())),
+        ("an error of four billion bytes", |liar, asked| {
+            liar.chunk_header(asked, 1, 0x8001, u32::MAX.into())
+        }),
     ];
     for style in [Style::Structured, Style::Extended] {
         for (what, answer) in table {
@@ -202,7 +206,9 @@ fn replies_of_the_wrong_kind() {
         ends_the_connection(style, On::Extents, "data", |liar, asked| liar.data(asked, 1, 0, 512));
         ends_the_connection(style, On::Extents, "nothing", |liar, asked| liar.chunk(asked, 1, 0, ""));
     }
-    ends_the_connection(Style::Structured, On::Extents, "a simple reply", |liar, asked| liar.simple(asked, 0));
+    ends_the_connection(Style::Structured, On::Extents, "a simple reply", |liar, asked| {
+        liar.simple(asked, 0)
+    });
     ends_the_connection(Style::Structured, On::Extents, "64 bits", |liar, asked| {
         liar.chunk(asked, 1, 6, Bytes::new().u32(CONTEXT).u32(1).u64(512).u64(0))
     });
@@ -436,7 +442,8 @@ fn a_server_that_shrinks_while_it_was_away_is_not_used() {
             };
             liar.peer.try_send(answer);
             if code == 7 && number == 0 {
-                return drop(liar.request());
+                liar.request();
+                return;
             } else if code == 7 {
                 return liar.expect_left();
             }

@@ -101,7 +101,10 @@ fn spoil_sessions(style: Style, seed: u64) {
         succeeded += done;
         assert!(begin.elapsed() < Duration::from_secs(15), "{style:?}, seed {seed}, case {case}");
     }
-    assert!(connected > cases() / 10 && succeeded > connected, "{connected} connected, {succeeded} succeeded");
+    assert!(
+        connected > cases() / 10 && succeeded > connected,
+        "{connected} connected, {succeeded} succeeded"
+    );
     let grown = peak_memory() - memory;
     assert!(grown < 64 << 20, "{style:?}, seed {seed}: {grown} bytes");
     spoilt.end(None);

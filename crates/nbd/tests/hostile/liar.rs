@@ -92,12 +92,8 @@ impl Liar {
         let magic = if self.style == Style::Extended { EXTENDED_REQUEST } else { REQUEST };
         assert_eq!(be(&head[..4]), u64::from(magic));
         let (flags, command) = (be(&head[4..6]) as u16, be(&head[6..8]) as u16);
-        let request = Request {
-            command,
-            cookie: be(&head[8..16]),
-            offset: be(&head[16..24]),
-            length: be(&head[24..]),
-        };
+        let request =
+            Request { command, cookie: be(&head[8..16]), offset: be(&head[16..24]), length: be(&head[24..]) };
         assert_eq!(flags >> 5 & 1 == 1, self.style == Style::Extended && command == 1, "PAYLOAD_LEN");
         if command == 1 {
             self.peer.read_vec(request.length);
@@ -212,7 +208,7 @@ impl Stage {
                 let mut liar = Liar { peer: Peer::new(stream.unwrap()), style };
                 // The last connection says nothing, and is of the test itself.
                 let mut byte = [0];
-                if matches!(rustix_peek(&liar.peer, &mut byte), Some(0)) {
+                if matches!(peek(&liar.peer, &mut byte), Some(0)) {
                     break;
                 }
                 let serve = Arc::clone(&serve);
@@ -256,7 +252,7 @@ impl Stage {
 }
 
 /// Whether the other side has hung up (0) before it was told anything.
-fn rustix_peek(peer: &Peer, byte: &mut [u8]) -> Option<usize> {
+fn peek(peer: &Peer, byte: &mut [u8]) -> Option<usize> {
     // A client waits for the greeting: only who has hung up is heard of at once.
     std::thread::sleep(Duration::from_millis(2));
     let (length, _) = rustix::net::recv(
