@@ -217,7 +217,10 @@ fn replies_of_the_wrong_kind() {
     });
     ends_the_connection(Style::Extended, On::Flush, "a simple reply", |liar, asked| liar.simple(asked, 0));
     ends_the_connection(Style::Extended, On::Read, "another offset", |liar, asked| {
-        liar.good_reply(&Request { offset: 0, ..*asked })
+        let mut bytes = liar.good_reply(asked);
+        // The last byte of the header's offset; that in the payload stays right.
+        bytes.0[23] ^= 1;
+        bytes
     });
     ends_the_connection(Style::Extended, On::Flush, "a payload beyond 32 bits", |liar, asked| {
         liar.chunk_header(asked, 1, 0x8001, u64::MAX)

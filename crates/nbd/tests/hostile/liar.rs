@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -191,6 +192,8 @@ pub(crate) fn pattern(offset: u64, length: usize) -> Vec<u8> {
 pub(crate) struct Stage {
     pub(crate) uri: Uri,
     path: PathBuf,
+    /// The next connection is the test's own, and ends the server.
+    ending: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     pub(crate) runtime: tokio::runtime::Runtime,
     _directory: tempfile::TempDir,
@@ -202,13 +205,13 @@ impl Stage {
         let path = directory.path().join("liar.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let serve = Arc::new(serve);
+        let ending = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&ending);
         let thread = std::thread::spawn(move || {
             let mut handlers = Vec::new();
             for (number, stream) in listener.incoming().enumerate() {
                 let mut liar = Liar { peer: Peer::new(stream.unwrap()), style };
-                // The last connection says nothing, and is of the test itself.
-                let mut byte = [0];
-                if matches!(peek(&liar.peer, &mut byte), Some(0)) {
+                if over.load(Ordering::SeqCst) {
                     break;
                 }
                 let serve = Arc::clone(&serve);
@@ -218,7 +221,7 @@ impl Stage {
         });
         let uri = Uri::new(Address::Unix(path.clone()), "disk");
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-        Stage { uri, path, thread: Some(thread), runtime: runtime.unwrap(), _directory: directory }
+        Stage { uri, path, ending, thread: Some(thread), runtime: runtime.unwrap(), _directory: directory }
     }
 
     pub(crate) fn connect_with(&self, options: ClientOptions) -> Result<NbdDevice, ConnectError> {
@@ -243,25 +246,12 @@ impl Stage {
     /// Waits until all connections have ended as their handlers wish.
     pub(crate) fn end(mut self, device: Option<NbdDevice>) {
         drop(device);
-        let farewell = Peer::connect(&self.path);
-        farewell.hang_up_sending();
+        self.ending.store(true, Ordering::SeqCst);
+        drop(Peer::connect(&self.path));
         let begin = Instant::now();
         self.thread.take().unwrap().join().expect("the server's assertions hold");
         assert!(begin.elapsed() < Duration::from_secs(15));
     }
-}
-
-/// Whether the other side has hung up (0) before it was told anything.
-fn peek(peer: &Peer, byte: &mut [u8]) -> Option<usize> {
-    // A client waits for the greeting: only who has hung up is heard of at once.
-    std::thread::sleep(Duration::from_millis(2));
-    let (length, _) = rustix::net::recv(
-        &peer.stream,
-        byte,
-        rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT,
-    )
-    .ok()?;
-    Some(length)
 }
 
 /// One connection, and little patience.

@@ -212,7 +212,7 @@ impl Random {
     }
 }
 
-/// The most memory that this process ever held, in bytes.
+/// The most memory that this process ever held, in bytes: of use where each test has a process of its own, as in nextest.
 pub(crate) fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
