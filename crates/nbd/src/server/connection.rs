@@ -37,8 +37,11 @@ const JOBS_MAX: usize = 1024;
 /// The longest read that is answered in one piece of the output buffer, in bytes. Longer ones are divided where the
 /// protocol lets a reply have several chunks, and otherwise get a buffer of their own.
 const INLINE_READ_MAX: usize = 64 << 10;
-/// The chunk of a read that is divided, in bytes.
-const READ_PIECE: usize = 128 << 10;
+/// The chunk of a read that is divided, in bytes: short enough to be still in the second level cache when it is sent.
+const READ_PIECE: usize = 256 << 10;
+/// How much of long reads waits to be sent when no more is read, in bytes: enough for the socket to be busy while the
+/// next piece is read.
+const READ_AHEAD: usize = 384 << 10;
 /// The longest payload that is collected in the input buffer, in bytes. A longer one is received into its own buffer.
 const INLINE_WRITE_MAX: usize = INPUT_BYTES / 4;
 /// Reads from this length on are looked through for zeroes, which are then not sent, in bytes.
@@ -54,7 +57,7 @@ const EXTENDED_SKIP_MAX: u64 = 32 << 20;
 /// For the last words of TLS.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-const _: () = assert!(OUTPUT_BYTES >= READ_PIECE + FINISH_ROOM && INLINE_READ_MAX <= READ_PIECE);
+const _: () = assert!(OUTPUT_BYTES >= INLINE_READ_MAX + FINISH_ROOM);
 
 /// What is left of a request while its payload comes.
 enum Incoming {
@@ -286,13 +289,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn read(&mut self, request: Request) -> Step {
         let length = request.length as usize;
         if length > INLINE_READ_MAX {
-            return match self.is_one_chunk(&request) {
-                true => self.read_into_own_buffer(request),
-                false => {
-                    self.take_header();
-                    self.read_on(Reading { at: request.offset, request })
-                }
-            };
+            self.take_header();
+            return self.read_on(Reading { at: request.offset, request });
         }
         if self.output.room() < ReplyHead::LENGTH_MAX + length || !self.may_hold(length) {
             return Step::NeedsRoom;
@@ -301,7 +299,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if length == 0 {
             self.succeed(&request);
         } else {
-            self.read_inline(&request, request.offset, length, ReplyFlags::DONE);
+            self.read_inline(&request, length);
         }
         Step::Again
     }
@@ -311,10 +309,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         !self.session.terms.style.chunks() || request.flags.contains(CommandFlags::DF)
     }
 
-    /// Adds `length` bytes from `at`, for which there is room, to the answer to `request`. If that fails or has to wait,
-    /// there is nothing left to do for this request here.
-    fn read_inline(&mut self, request: &Request, at: u64, length: usize, flags: ReplyFlags) -> bool {
-        let style = self.session.terms.style;
+    /// Reads into the output buffer, which has room.
+    fn read_inline(&mut self, request: &Request, length: usize) {
+        let (style, flags, at) = (self.session.terms.style, ReplyFlags::DONE, request.offset);
         let head = match style {
             HeaderStyle::Simple => ReplyHead::simple(request.cookie, None),
             style => ReplyHead::data(style, request, flags, at, length as u32),
@@ -324,58 +321,42 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match work::at_once(self.session.device.read(at, data)) {
             Some(Ok(())) if may_skip && work::all_zero(data) => {
                 self.output.push(&ReplyHead::hole(style, request, flags, at, length as u32));
-                true
             }
             Some(Ok(())) => {
                 front.copy_from_slice(&head);
                 self.output.add(head.len() + length);
-                true
             }
-            Some(Err(error)) => {
-                self.fail(request, &error);
-                false
-            }
-            None => {
-                self.read_later(*request, at);
-                false
-            }
+            Some(Err(error)) => self.fail(request, &error),
+            None => self.read_later(*request, at),
         }
     }
 
-    /// Reads what must be answered in one piece and is too long for the output buffer.
-    fn read_into_own_buffer(&mut self, request: Request) -> Step {
-        let length = request.length as usize;
-        if !self.may_hold(length) {
+    /// Reads the next piece of a long read into a buffer of its own: all of it where it must be answered in one piece.
+    fn read_on(&mut self, reading: Reading) -> Step {
+        let Reading { request, at } = reading;
+        let left = (request.offset + request.length - at) as usize;
+        let length = if self.is_one_chunk(&request) { left } else { left.min(READ_PIECE) };
+        let far_ahead = self.output.payload_bytes() >= READ_AHEAD;
+        if far_ahead || self.output.room() < FINISH_ROOM || !self.may_hold(left) {
+            self.reading = Some(Reading { request, at });
             return Step::NeedsRoom;
         }
-        self.take_header();
         let mut buffer = self.spares.take(length);
-        match work::at_once(self.session.device.read(request.offset, &mut buffer[..length])) {
-            Some(Ok(())) => self.send_data(&request, request.offset, buffer, length),
+        match work::at_once(self.session.device.read(at, &mut buffer[..length])) {
+            Some(Ok(())) => {
+                self.send_data(&request, at, buffer, length);
+                if length < left {
+                    self.reading = Some(Reading { request, at: at + length as u64 });
+                }
+            }
             Some(Err(error)) => {
                 self.fail(&request, &error);
                 self.spares.give_back(buffer);
             }
             None => {
                 self.spares.give_back(buffer);
-                self.read_later(request, request.offset);
+                self.read_later(request, at);
             }
-        }
-        Step::Again
-    }
-
-    /// Adds the next chunk of a read that is answered in several.
-    fn read_on(&mut self, reading: Reading) -> Step {
-        let Reading { request, at } = reading;
-        let left = (request.offset + request.length - at) as usize;
-        let length = left.min(READ_PIECE);
-        if self.output.room() < ReplyHead::LENGTH_MAX + length || !self.may_hold(left) {
-            self.reading = Some(Reading { request, at });
-            return Step::NeedsRoom;
-        }
-        let flags = if length == left { ReplyFlags::DONE } else { ReplyFlags::empty() };
-        if self.read_inline(&request, at, length, flags) && length < left {
-            self.reading = Some(Reading { request, at: at + length as u64 });
         }
         Step::Again
     }

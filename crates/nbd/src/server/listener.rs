@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net as unix;
 use std::path::{Path, PathBuf};
@@ -11,12 +13,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, sockopt};
+use crate::uri::Address;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 /// The first descriptor that systemd passes, by sd_listen_fds(3).
 const FIRST_PASSED: i32 = 3;
 /// The most sockets that are taken from systemd.
 const PASSED_MAX: i32 = 64;
+/// What a Unix socket may hold that the client has not taken, in bytes. The kernel gives what it allows
+/// (`net.core.wmem_max`): twice its default, usually.
+const SEND_BUFFER: usize = 1 << 20;
 /// How long a TCP connection is silent before the kernel asks whether its peer still lives, and how often it asks.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -41,11 +47,30 @@ pub(super) enum Accepted {
 }
 
 impl Listener {
-    /// Listens on the Unix socket `path`. A socket file that nobody listens on any more is replaced.
+    /// Listens on `address`.
+    ///
+    /// # Errors
+    /// Those of [`Listener::bind_unix`] and [`Listener::bind_tcp`].
+    pub async fn bind(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => Listener::bind_unix(path),
+            Address::Tcp { host, port } => Listener::bind_tcp(host, *port).await,
+        }
+    }
+
+    /// Listens on the Unix socket `path`; one that begins with a NUL byte is a name in the abstract namespace. A socket
+    /// file that nobody listens on any more is replaced.
     ///
     /// # Errors
     /// `EADDRINUSE` when somebody does listen there or the path is something else than a socket, and what bind(2) says.
     pub fn bind_unix(path: &Path) -> io::Result<Self> {
+        if let Some(name) = path.as_os_str().as_bytes().strip_prefix(b"\0") {
+            let address = unix::SocketAddr::from_abstract_name(name)?;
+            let bound = unix::UnixListener::bind_addr(&address);
+            let listener = bound.map_err(|error| while_listening(&path.display(), error))?;
+            listener.set_nonblocking(true)?;
+            return Ok(Listener { kind: Kind::Unix { listener: UnixListener::from_std(listener)?, file: None } });
+        }
         let bound = match unix::UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
                 fs::remove_file(path)?;
@@ -140,7 +165,11 @@ impl Listener {
 
     pub(super) async fn accept(&self) -> io::Result<Accepted> {
         match &self.kind {
-            Kind::Unix { listener, .. } => Ok(Accepted::Unix(listener.accept().await?.0)),
+            Kind::Unix { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                sockopt::set_socket_send_buffer_size(stream.as_fd(), SEND_BUFFER)?;
+                Ok(Accepted::Unix(stream))
+            }
             Kind::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;

@@ -75,7 +75,8 @@ impl<S> Connection<S> {
         }
     }
 
-    /// Answers `request`, or the last part of it, with the `length` bytes in `buffer`, which were read from `offset`.
+    /// Answers `request`, or a part of it, with the `length` bytes in `buffer`, which were read from `offset`. There is
+    /// [`FINISH_ROOM`].
     pub(super) fn send_data(&mut self, request: &Request, offset: u64, buffer: Box<[u8]>, length: usize) {
         let style = self.session.terms.style;
         let buffer = Arc::new(buffer);
@@ -98,7 +99,8 @@ impl<S> Connection<S> {
                 }
                 end = length.min(end + grain);
             }
-            let flags = if end == length { ReplyFlags::DONE } else { ReplyFlags::empty() };
+            let is_last = offset + end as u64 == request.offset + request.length;
+            let flags = if is_last { ReplyFlags::DONE } else { ReplyFlags::empty() };
             let (at, bytes) = (offset + start as u64, (end - start) as u32);
             if hole {
                 self.output.push(&ReplyHead::hole(style, request, flags, at, bytes));
