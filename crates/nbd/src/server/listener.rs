@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, sockopt};
 use crate::uri::Address;
+use rustix::net::{AddressFamily, sockopt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 /// The first descriptor that systemd passes, by sd_listen_fds(3).
@@ -69,7 +69,9 @@ impl Listener {
             let bound = unix::UnixListener::bind_addr(&address);
             let listener = bound.map_err(|error| while_listening(&path.display(), error))?;
             listener.set_nonblocking(true)?;
-            return Ok(Listener { kind: Kind::Unix { listener: UnixListener::from_std(listener)?, file: None } });
+            return Ok(Listener {
+                kind: Kind::Unix { listener: UnixListener::from_std(listener)?, file: None },
+            });
         }
         let bound = match unix::UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
