@@ -59,8 +59,9 @@ impl KernelNbd {
             attribute(NBD_ATTR_SERVER_FLAGS, &u64::from(flags).to_ne_bytes()),
             sockets(&stream),
         ];
+        let device = KernelNbd { index };
         tell(NBD_CMD_CONNECT, &attributes.concat());
-        KernelNbd { index }
+        device
     }
 
     /// Replaces the connection that died by a new one.
@@ -120,10 +121,15 @@ fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
 fn tell(command: u8, attributes: &[u8]) {
     let netlink = netlink();
     let family = family(&netlink);
-    let answers = ask(&netlink, family, command, NLM_F_ACK, attributes);
-    let (kind, payload) = answers.last().expect("an answer");
-    assert_eq!(*kind, NLMSG_ERROR, "an acknowledgement");
-    let error = i32::from_ne_bytes(payload[..4].try_into().unwrap());
+    ask(&netlink, family, command, NLM_F_ACK, attributes);
+    // What it answers comes before what it thinks of the question.
+    let acknowledged = loop {
+        let messages = receive(&netlink);
+        if let Some((_, payload)) = messages.into_iter().find(|(kind, _)| *kind == NLMSG_ERROR) {
+            break payload;
+        }
+    };
+    let error = i32::from_ne_bytes(acknowledged[..4].try_into().unwrap());
     assert_eq!(error, 0, "NBD command {command}: {}", std::io::Error::from_raw_os_error(-error));
 }
 
@@ -135,7 +141,8 @@ fn netlink() -> OwnedFd {
 /// The number that the kernel gave the family of NBD.
 fn family(netlink: &OwnedFd) -> u16 {
     let name = attribute(CTRL_ATTR_FAMILY_NAME, b"nbd\0");
-    let answers = ask(netlink, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, 0, &name);
+    ask(netlink, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, 0, &name);
+    let answers = receive(netlink);
     let (kind, payload) = &answers[0];
     assert_eq!(*kind, GENL_ID_CTRL, "the nbd module is not loaded");
     let mut rest = &payload[GENERIC_HEADER..];
@@ -149,8 +156,7 @@ fn family(netlink: &OwnedFd) -> u16 {
     panic!("the family of NBD has no number")
 }
 
-/// Kinds and payloads of the messages that come back.
-fn ask(netlink: &OwnedFd, family: u16, command: u8, flags: u16, attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+fn ask(netlink: &OwnedFd, family: u16, command: u8, flags: u16, attributes: &[u8]) {
     let length = u32::try_from(NETLINK_HEADER + GENERIC_HEADER + attributes.len()).unwrap();
     let mut message = length.to_ne_bytes().to_vec();
     message.extend_from_slice(&family.to_ne_bytes());
@@ -161,6 +167,10 @@ fn ask(netlink: &OwnedFd, family: u16, command: u8, flags: u16, attributes: &[u8
     message.extend_from_slice(&[command, 1, 0, 0]);
     message.extend_from_slice(attributes);
     rustix::net::sendto(netlink, &message, SendFlags::empty(), &SocketAddrNetlink::new(0, 0)).expect("sent");
+}
+
+/// Kinds and payloads of the next messages.
+fn receive(netlink: &OwnedFd) -> Vec<(u16, Vec<u8>)> {
     let mut answer = vec![0; 16 << 10];
     let (count, _) =
         rustix::net::recv(netlink, answer.as_mut_slice(), RecvFlags::empty()).expect("an answer");
