@@ -9,7 +9,6 @@
 //!
 //! A file that lies in a mounted pool is a plain path: reading it fetches what it needs, as for every other program.
 
-mod client_stub;
 mod index;
 mod pool;
 
@@ -22,12 +21,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use loam_block::{BlockDevice, FileDevice, FileOptions};
+use loam_nbd::client::{ClientOptions, ConnectError, NbdDevice};
 use loam_nbd::uri::{Address, Uri};
 
 use crate::directory::PoolDirectory;
 use crate::error::{Context, Error, Result};
 
-pub use client_stub::{ClientOptions, ExportInfo, NbdDevice, list};
 pub use index::IndexDevice;
 
 /// What a device string names. Prints as a string that parses to the same.
@@ -190,14 +189,24 @@ fn identity_of(path: &Path) -> Result<Identity> {
 
 /// Connects to an export.
 async fn open_nbd(uri: &Uri, client: ClientOptions) -> Result<Opened> {
-    let device = NbdDevice::connect(uri, client).await.step(|| uri.to_string())?;
-    let device = Arc::new(device);
+    let device = Arc::new(NbdDevice::connect(uri, client).await.map_err(not_connected)?);
     let server = match &uri.address {
         Address::Unix(path) => format!("unix:{}", canonical(path).display()),
         Address::Tcp { host, port } => format!("tcp:{host}:{port}"),
     };
     let identity = Identity::Export(format!("{server}/{}", uri.export));
     Ok(Opened { identity, nbd: Some(device.clone()), ..Opened::new(device) })
+}
+
+/// Why a server cannot be used, and what to do. The URI is in the reason.
+pub fn not_connected(error: ConnectError) -> Error {
+    let hint = match &error {
+        ConnectError::Io { .. } | ConnectError::TimedOut { .. } => {
+            "is the server running, and reachable from here?"
+        }
+        _ => return Error::step("NBD", error),
+    };
+    Error::step("NBD", error).with_hint(hint)
 }
 
 fn canonical(path: &Path) -> PathBuf {

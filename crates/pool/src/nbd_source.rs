@@ -9,10 +9,11 @@ use futures_util::future::BoxFuture;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use loam_block::BlockDevice;
 use loam_content::{ChunkSender, ChunkSource, Digest, FetchCost, Pin, WireTotals};
+use loam_nbd::client::{ClientOptions, NbdDevice};
 use loam_nbd::uri::Uri;
 
-use crate::device::{ClientOptions, NbdDevice};
-use crate::error::{Context, Error, Result};
+use crate::device::not_connected;
+use crate::error::{Error, Result};
 
 /// Bytes of one request to the server, where it takes that much.
 const REQUEST_BYTES: u64 = 1 << 20;
@@ -32,8 +33,7 @@ pub(crate) struct NbdSource {
 impl NbdSource {
     /// Connects. With an `expected` version the export must have its size.
     pub(crate) async fn open(uri: &Uri, chunk_bytes: u32, expected: Option<&Pin>) -> Result<Self> {
-        let device =
-            NbdDevice::connect(uri, ClientOptions::default()).await.step(|| format!("opening {uri}"))?;
+        let device = NbdDevice::connect(uri, ClientOptions::default()).await.map_err(not_connected)?;
         let source = NbdSource::new(uri.to_string(), Arc::new(device), chunk_bytes)?;
         let found = source.size();
         if let Some(pin) = expected.filter(|pin| pin.length != found) {

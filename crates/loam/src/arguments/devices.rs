@@ -125,7 +125,7 @@ Examples:
   loam serve pool: --nbd tcp:0.0.0.0:10809 --tls require --tls-certificates /etc/pki/loam --tls-verify-peer
   loam serve root=root.img swap=memory:1GiB --nbd unix:/run/d.sock
   loam serve memory:1GiB --layer log --layer delay,write=20ms --nbd tcp:localhost:0
-  nbdcopy -- [ loam serve --stdio disk.img ] copy.img
+  nbdcopy -- [ loam serve disk.img ] copy.img
 
 {DEVICE_HELP}
 

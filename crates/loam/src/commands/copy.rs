@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::pin::pin;
 
 use anyhow::Context as _;
+use loam_nbd::client::ClientOptions;
 use loam_nbd::copy::{CopyError, CopyOptions, CopyReport, Phase, Progress, ProgressState, Stop};
 use loam_pool::Error;
-use loam_pool::device::{ClientOptions, DeviceSpec, OpenOptions, Opened};
+use loam_pool::device::{DeviceSpec, OpenOptions, Opened};
 
 use super::{Context, Signals};
 use crate::arguments::devices::{Connections, Copy};

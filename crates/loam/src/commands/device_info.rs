@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 use std::io::{self, BufWriter, Write};
 
 use loam_block::{BlockDevice, Extent, ExtentKind, Locality};
+use loam_nbd::client::{ClientOptions, ExportInfo};
 use loam_pool::Error;
-use loam_pool::device::{ClientOptions, DeviceSpec, ExportInfo, OpenOptions, Opened};
+use loam_pool::device::{DeviceSpec, OpenOptions, Opened};
 use serde::Serialize;
 
 use super::Context;
@@ -53,8 +54,8 @@ pub(crate) async fn info(context: &Context, arguments: Info) -> anyhow::Result<(
     super::unless_interrupted(async {
         match (&arguments.device, arguments.list) {
             (DeviceSpec::Nbd(uri), true) => {
-                let exports = loam_pool::device::list(uri, &ClientOptions::default()).await;
-                let exports = exports.map_err(|error| Error::step(uri.to_string(), error))?;
+                let exports = loam_nbd::client::list(uri, &ClientOptions::default()).await;
+                let exports = exports.map_err(loam_pool::device::not_connected)?;
                 output::print(context.json, &Exports { uri: uri.to_string(), exports }, describe_list)
             }
             (_, true) => {
@@ -131,24 +132,29 @@ fn describe(facts: &Facts) -> String {
     text
 }
 
-/// What a server says of an export, a line for each fact.
+/// What a server says of an export: what is true of it, then a line for each other fact.
 fn describe_export(text: &mut String, export: &ExportInfo) {
     let Ok(serde_json::Value::Object(facts)) = serde_json::to_value(export) else { return };
-    for (name, value) in facts {
+    let is_flag = |value: &serde_json::Value| value.is_boolean();
+    let flags: Vec<String> = facts
+        .iter()
+        .filter(|(_, value)| value.as_bool() == Some(true))
+        .map(|(name, _)| name.replace('_', "-"))
+        .collect();
+    let _ = writeln!(text, "  {:<16} {}", "server says", flags.join(", "));
+    for (name, value) in facts.iter().filter(|(_, value)| !is_flag(value)) {
         let value = match value {
-            serde_json::Value::String(text) if text.is_empty() => continue,
-            serde_json::Value::String(text) => text,
+            serde_json::Value::String(text) => text.clone(),
             serde_json::Value::Array(items) => {
-                let items: Vec<String> = items
-                    .iter()
-                    .map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned))
-                    .collect();
-                items.join(", ")
+                let items =
+                    items.iter().map(|item| item.as_str().map_or_else(|| item.to_string(), str::to_owned));
+                items.collect::<Vec<_>>().join(", ")
             }
-            serde_json::Value::Null => continue,
             other => other.to_string(),
         };
-        let _ = writeln!(text, "  {:<20} {value}", name.replace('_', " "));
+        if !value.is_empty() {
+            let _ = writeln!(text, "  {:<16} {value}", name.replace('_', " "));
+        }
     }
 }
 
