@@ -10,3 +10,5 @@ mod requests;
 mod session;
 #[path = "hostile/server_spoilt.rs"]
 mod spoilt;
+#[path = "hostile/server_tls.rs"]
+mod tls;
