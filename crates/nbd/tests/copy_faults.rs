@@ -136,11 +136,13 @@ async fn a_source_that_shrinks_is_an_error() {
     }
 }
 
+/// A write that was not flushed: its range, and its bytes or zeroes.
+type Pending = (Range<u64>, Option<Vec<u8>>);
+
 /// A server that keeps writes in memory until they are flushed, and now and then is killed and comes back.
 struct Forgetful {
     kept: MemoryDevice,
-    /// Writes that were not flushed: ranges and bytes, or zeroes.
-    pending: Mutex<Vec<(Range<u64>, Option<Vec<u8>>)>>,
+    pending: Mutex<Vec<Pending>>,
     /// Killed after so many writes, again and again, `kills` times.
     writes_to_kill: u64,
     writes: AtomicU64,
