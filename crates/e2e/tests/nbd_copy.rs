@@ -113,7 +113,14 @@ fn filters_that_make_a_server_hard_to_write_to() {
         &["--filter=nozero", "memory", &size, "zeromode=plugin", "fastzeromode=none"],
         &["--filter=nozero", "--filter=noextents", "memory", &size, "zeromode=emulate"],
         &["--filter=noextents", "--filter=fua", "memory", &size],
-        &[policy, "memory", "7M", "blocksize-minimum=4096", "blocksize-maximum=64k", "blocksize-error-policy=error"],
+        &[
+            policy,
+            "memory",
+            "7M",
+            "blocksize-minimum=4096",
+            "blocksize-maximum=64k",
+            "blocksize-error-policy=error",
+        ],
     ];
     for case in cases {
         let peer = nbdkit(case);
@@ -121,7 +128,10 @@ fn filters_that_make_a_server_hard_to_write_to() {
         let copied = loam.run(["copy", &text(&source), &peer.uri(), "--verify", "--json"]).json();
         loam.run(["copy", &peer.uri(), &text(&back), "--create", "--json"]).json();
         let found = std::fs::read(&back).unwrap();
-        assert!(found[..bytes.len()] == bytes && found[bytes.len()..].iter().all(|&b| b == 0), "{case:?}: {copied}");
+        assert!(
+            found[..bytes.len()] == bytes && found[bytes.len()..].iter().all(|&b| b == 0),
+            "{case:?}: {copied}"
+        );
         std::fs::remove_file(&back).unwrap();
     }
 }
@@ -185,7 +195,8 @@ fn a_copy_that_is_killed_is_resumed() {
     let peer = slow_server(&destination, "20ms");
     let resume = format!("--resume={}", state.display());
     let uri = peer.uri();
-    let arguments = ["copy", &text(&source), &uri, &resume, "--queue-depth=1", "--request-size=16K", "--json"];
+    let arguments =
+        ["copy", &text(&source), &uri, &resume, "--queue-depth=1", "--request-size=16K", "--json"];
     let mut copying = loam.spawn(arguments);
     loam_e2e::wait_until("a state file", Duration::from_secs(10), || state.exists());
     sleep(Duration::from_millis(300));
