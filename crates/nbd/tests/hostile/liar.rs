@@ -208,16 +208,19 @@ impl Stage {
         let ending = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ending);
         let thread = std::thread::spawn(move || {
-            let mut handlers = Vec::new();
+            let mut handlers: Vec<JoinHandle<()>> = Vec::new();
+            let join = |handler: JoinHandle<()>| handler.join().expect("the server's assertions hold");
             for (number, stream) in listener.incoming().enumerate() {
                 let mut liar = Liar { peer: Peer::new(stream.unwrap()), style };
                 if over.load(Ordering::SeqCst) {
                     break;
                 }
+                // A thread keeps its stack until it is joined.
+                handlers.extract_if(.., |handler| handler.is_finished()).for_each(join);
                 let serve = Arc::clone(&serve);
                 handlers.push(std::thread::spawn(move || serve(&mut liar, number)));
             }
-            handlers.into_iter().for_each(|handler| handler.join().expect("the server's assertions hold"));
+            handlers.into_iter().for_each(join);
         });
         let uri = Uri::new(Address::Unix(path.clone()), "disk");
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
