@@ -118,6 +118,12 @@ fn the_same_input_gives_the_same_bytes_and_another_identity_other_uuids() {
     assert!(pair.virtual_image.allocated() == 4096);
     let alone = virtual_superblock(&options).expect("a superblock");
     assert_eq!(bytes(&options).0, [(64 << 10, alone.to_vec())]);
+    let seed_identity = Some([9; 32]);
+    let [one, two] =
+        [[1; 32], [2; 32]].map(|identity| SeedOptions { identity, seed_identity, ..options.clone() });
+    let (one, two) = (bytes(&one), bytes(&two));
+    assert_eq!(one.0, two.0, "one seed for both");
+    assert_ne!(one.1, two.1);
     let single = SeedOptions { layout: Layout::Single, ..options };
     assert!(matches!(virtual_superblock(&single), Err(Error::Option { .. })));
 }

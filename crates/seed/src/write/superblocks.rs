@@ -7,10 +7,10 @@ use crate::disk::{
     DevItem, DiskKey, SECTOR_SIZE, SUPER_MAGIC, SUPER_OFFSETS, SUPER_SIZE, SuperBlock, flag, object,
 };
 use crate::options::{GENERATION, METADATA_BASE, SYSTEM_BASE};
-use crate::{Error, Image, Layout, Result};
+use crate::{Error, Identity, Image, Layout, Result};
 
-use super::Plan;
 use super::store::write_image;
+use super::{Chunk, Plan};
 
 /// The devices, in order of their ids; what they have in use is right once the chunks' lengths are.
 pub(super) fn device_items(plan: &Plan<'_>) -> Vec<DevItem> {
@@ -71,9 +71,7 @@ pub(super) fn compose(plan: &Plan<'_>, root: Root, chunk_root: Root) -> (Box<Sup
     common.uuid_tree_generation = GENERATION.into();
     common.label[..plan.options.label.len()].copy_from_slice(plan.options.label.as_bytes());
     if let Some(chunk) = plan.chunks().find(|chunk| chunk.kind == flag::GROUP_SYSTEM) {
-        let entry = [DiskKey::from(chunk.key()).as_bytes(), &chunk.to_bytes()].concat();
-        common.system_chunks[..entry.len()].copy_from_slice(&entry);
-        common.system_chunks_size = (entry.len() as u32).into();
+        set_system_chunk(&mut common, &chunk);
     }
     let for_devices = |fsid, devices: &[DevItem], seeding: bool| {
         let mut superblock = common.clone();
@@ -107,8 +105,20 @@ pub(super) fn compose(plan: &Plan<'_>, root: Root, chunk_root: Root) -> (Box<Sup
     (trees, seed)
 }
 
-/// Nobody follows the roots of a pair's seed, so they are the same whatever the trees hold.
+fn set_system_chunk(superblock: &mut SuperBlock, chunk: &Chunk) {
+    let entry = [DiskKey::from(chunk.key()).as_bytes(), &chunk.to_bytes()].concat();
+    superblock.system_chunks[..entry.len()].copy_from_slice(&entry);
+    superblock.system_chunks_size = (entry.len() as u32).into();
+}
+
+/// Nobody follows the roots of a pair's seed, so they are the same whatever the trees hold; nor its system chunk, so one
+/// that many local devices stand on names none of them.
 fn seed_of_pair(plan: &Plan<'_>, seed: &mut SuperBlock) {
+    let system = plan.chunks().find(|chunk| chunk.kind == flag::GROUP_SYSTEM);
+    if let (Some(identity), Some(chunk)) = (plan.options.seed_identity_of_pair(), system) {
+        let device_uuid = Identity::new(identity, None).local_device;
+        set_system_chunk(seed, &Chunk { device_uuid, ..chunk });
+    }
     seed.root = METADATA_BASE.into();
     seed.root_level = 0;
     seed.chunk_root = SYSTEM_BASE.into();
