@@ -67,7 +67,7 @@ fn each_layer_over_memory_a_file_and_a_pattern() {
         ];
         for inner in inner {
             let Some(device) = wrap(&[layer], inner) else { continue };
-            run(&*device, &Profile { contents: contents(&*device), seed: 3, operations: 200 });
+            run(&*device, &Profile { contents: contents(&*device), seed: 3, operations: 80 });
         }
     }
 }
@@ -84,7 +84,7 @@ fn an_unaligned_client_of_a_direct_file() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 80, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn any_two_layers(upper in 0..LAYERS.len(), lower in 0..LAYERS.len(), file: bool, seed in 0u64..1000) {
@@ -139,6 +139,15 @@ fn capabilities_pass_through() {
         };
         assert_eq!(now, expected, "{layer}");
     }
+}
+
+#[tokio::test]
+async fn without_extents_all_is_data() -> Result<()> {
+    let device = wrap(&["noextents"], Arc::new(MemoryDevice::new(1 << 20))).expect("layer");
+    let extents = device.extents(4096, 8192, 9).await?;
+    let data = loam_block::Extent { offset: 4096, length: 8192, kind: loam_block::ExtentKind::Data };
+    assert_eq!(extents, [data]);
+    Ok(())
 }
 
 /// A device that says of itself what no simple device says, and fails in its own words.

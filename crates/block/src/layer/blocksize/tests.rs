@@ -1,12 +1,15 @@
 //! Pieces, edges, and writers that meet in one block.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::layer::forward::forward;
 use crate::layer::stats::{Report, counted};
 use crate::layer::{LayerSpec, Operation, wrap_all};
-use crate::{BlockDevice, ErrorKind, ExtentKind, MemoryDevice, WriteFlags, ZeroFlags};
+use crate::{BlockDevice, ErrorKind, ExtentKind, Io, MemoryDevice, WriteFlags, ZeroFlags};
 
 fn layers(layers: &[&str], inner: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
     let layers: Vec<LayerSpec> = layers.iter().map(|layer| layer.parse().expect(layer)).collect();
@@ -94,13 +97,13 @@ async fn writers_of_one_block_lose_nothing() {
     let part = |index: u64| {
         let device = device.clone();
         async move {
-            tokio::time::sleep(std::time::Duration::from_millis(index % 7)).await;
+            tokio::time::sleep(Duration::from_millis(index % 7)).await;
             device.write(index * 100, &[index as u8; 100], WriteFlags::default()).await.expect("write");
         }
     };
     let parts = futures_util::future::join_all((0..120).map(part));
     let whole = async {
-        tokio::time::sleep(std::time::Duration::from_millis(4)).await;
+        tokio::time::sleep(Duration::from_millis(4)).await;
         device.write(12 << 10, &[0xaa; 4096], WriteFlags::default()).await.expect("write");
     };
     tokio::join!(parts, whole);
@@ -123,7 +126,7 @@ async fn a_whole_block_waits_for_one_whose_edge_is_changed() {
     let device = layers(&["blocksize,minimum=4K", "delay,read=10ms,write=10ms"], memory.clone());
     let edge = device.write(4090, &[1; 12], WriteFlags::default());
     let whole = async {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
         device.write(4096, &[2; 4096], WriteFlags::default()).await
     };
     let (edge, whole) = tokio::join!(edge, whole);
@@ -133,16 +136,40 @@ async fn a_whole_block_waits_for_one_whose_edge_is_changed() {
     assert!(bytes == [2; 4096], "the later write is whole");
 }
 
-/// The caller goes away between the read and the write of an edge; who writes there next must wait for what goes on.
+/// Memory whose writes go on when nobody waits for them any more, as those of a file do. The first takes its time.
+struct GoesOn {
+    memory: Arc<MemoryDevice>,
+    writes: AtomicU64,
+}
+
+impl BlockDevice for GoesOn {
+    forward!(memory: geometry, capabilities, read);
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8], flags: WriteFlags) -> Io<'a, ()> {
+        let first = self.writes.fetch_add(1, Ordering::Relaxed) == 0;
+        let (memory, data) = (self.memory.clone(), data.to_vec());
+        Io::pending(async move {
+            let write = tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(if first { 30 } else { 1 })).await;
+                memory.write(offset, &data, flags).await
+            });
+            write.await.expect("a task")
+        })
+    }
+}
+
+/// The caller goes away while an edge is being written; who writes there next must wait for what goes on, which holds
+/// the block as it was.
 #[tokio::test(start_paused = true)]
 async fn an_abandoned_change_of_an_edge_does_not_undo_what_comes_after_it() {
     let memory = Arc::new(MemoryDevice::new(16 << 10));
-    let device = layers(&["blocksize,minimum=4K", "delay,write=10ms"], memory.clone());
+    let below = Arc::new(GoesOn { memory: memory.clone(), writes: AtomicU64::new(0) });
+    let device = layers(&["blocksize,minimum=4K"], below);
     let abandoned = device.write(100, &[1; 10], WriteFlags::default());
-    let gone = tokio::time::timeout(std::time::Duration::from_millis(5), abandoned).await;
+    let gone = tokio::time::timeout(Duration::from_millis(5), abandoned).await;
     assert!(gone.is_err());
     device.write(200, &[2; 10], WriteFlags::default()).await.expect("write");
-    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     let mut bytes = [0; 10];
     memory.read(200, &mut bytes).await.expect("read");
     assert_eq!(bytes, [2; 10]);
