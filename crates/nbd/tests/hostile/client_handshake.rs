@@ -123,7 +123,13 @@ fn spoil_answer(
 #[test]
 fn answers_that_break_the_protocol_are_not_believed() {
     let info = |item: Bytes| reply(7, INFO, item).raw(reply(7, ACK, ""));
+    let context = |id: u32, name: &str| reply(10, META_CONTEXT, Bytes::new().u32(id).raw(name));
+    let chosen = |first: Bytes, second: Bytes| first.raw(second).raw(reply(10, ACK, ""));
+    let (base, locality) = ("base:allocation", "loam:locality");
     let answers: Vec<(&str, u32, Bytes)> = vec![
+        ("a context that was not asked for", 10, chosen(context(1, base), context(2, "x-other:y"))),
+        ("a context twice", 10, chosen(context(1, base), context(2, base))),
+        ("two contexts of one id", 10, chosen(context(1, base), context(1, locality))),
         ("another magic number", 11, Bytes::new().u64(OPTION_REPLY ^ 1).u32(11).u32(ACK).u32(0)),
         ("an answer to another option", 11, reply(8, ACK, "")),
         ("four billion bytes", 11, Bytes::new().u64(OPTION_REPLY).u32(11).u32(ERR_UNSUP).u32(u32::MAX)),
