@@ -132,15 +132,16 @@ impl<'a> Haggling<'a> {
 
     /// Whether `code` may be asked for now at all.
     fn permitted(&self, code: OptionCode) -> Result<(), Refusal> {
-        let without_tls = matches!(code, OptionCode::StartTls | OptionCode::Abort);
-        if matches!(self.server.options.tls, TlsPolicy::Require(_)) && !self.secure && !without_tls {
-            return Err(Refusal::new(RefusalKind::TlsRequired, "this server wants TLS first"));
-        }
+        // Who has not agreed to fixed newstyle must not hear of TLS.
         if !self.client.contains(ClientFlags::FIXED_NEWSTYLE)
             && !matches!(code, OptionCode::ExportName | OptionCode::Abort)
         {
             let message = "options need the fixed newstyle handshake, which the client did not choose";
             return Err(Refusal::new(RefusalKind::Invalid, message));
+        }
+        let without_tls = matches!(code, OptionCode::StartTls | OptionCode::Abort);
+        if matches!(self.server.options.tls, TlsPolicy::Require(_)) && !self.secure && !without_tls {
+            return Err(Refusal::new(RefusalKind::TlsRequired, "this server wants TLS first"));
         }
         Ok(())
     }

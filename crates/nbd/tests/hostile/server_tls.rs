@@ -50,6 +50,13 @@ fn nothing_is_told_before_tls() {
     let mut session = served.connect();
     session.option(1, "disk");
     session.peer.expect_closed();
+    // Without fixed newstyle there is no TLS, and no word of it, but no export either.
+    let mut session = Session::bare(&served.path);
+    session.peer.send(0_u32.to_be_bytes());
+    assert_eq!(session.ask(3, ""), ERR_INVALID);
+    assert_eq!(session.ask(STARTTLS, ""), ERR_INVALID);
+    session.option(1, "disk");
+    session.peer.expect_closed();
 }
 
 /// What is sent in the clear after STARTTLS is TLS or nothing: it must not be taken for what was said under its cover.
