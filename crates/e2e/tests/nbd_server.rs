@@ -324,6 +324,7 @@ fn fio_verifies_what_it_wrote() {
         "--size=32M",
         "--randseed=7",
         "--verify_backlog=64",
+        "--verify_state_save=0",
         "--output-format=terse",
     ];
     ok(&[&job[..], &verify].concat());
