@@ -53,7 +53,7 @@ fn nbdkit_with_odd_filters_conforms() {
         &["--filter=nozero", "memory", "2M"],
         &["--filter=noextents", "--filter=nocache", "memory", "2M"],
         &["--filter=multi-conn", "memory", "2M", "multi-conn-mode=disable"],
-        &["--filter=fua", "file", path, "fuamode=none"],
+        &["--filter=fua", "file", path],
         &["--filter=blocksize", "file", path, "minblock=4096", "maxdata=64k"],
         &["--filter=delay", "memory", "2M", "rdelay=1ms", "wdelay=2ms"],
     ];
