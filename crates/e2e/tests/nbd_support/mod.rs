@@ -60,6 +60,8 @@ impl Peer {
 
     /// Starts the killed server again, on the same socket.
     pub fn restart(&mut self) {
+        // A process id of the last life would be taken for that of the next.
+        std::fs::remove_file(self.directory.path().join(PID_FILE)).ok();
         std::fs::remove_file(self.socket()).ok();
         self.process = start(&self.command, self.directory.path());
     }
