@@ -189,6 +189,9 @@ fn identity_of(path: &Path) -> Result<Identity> {
 
 /// Connects to an export.
 async fn open_nbd(uri: &Uri, client: ClientOptions) -> Result<Opened> {
+    if !uri.ignored.is_empty() {
+        tracing::warn!("{uri}: parameters that mean nothing to loam: {}", uri.ignored.join(", "));
+    }
     let device = Arc::new(NbdDevice::connect(uri, client).await.map_err(not_connected)?);
     let server = match &uri.address {
         Address::Unix(path) => format!("unix:{}", canonical(path).display()),
@@ -291,7 +294,7 @@ mod tests {
             "pattern:0",
             "pool:",
             "index:file:/srv/root.tar.loam",
-            "index:http://host/root.tar.loam?key=1&source=tar%3Ahttp%3A%2F%2Fother%2Froot.tar",
+            "index:http://host/root.tar.loam?key=1&source=tar:http://other/root.tar%3Fa",
         ] {
             let spec: DeviceSpec = text.parse().unwrap();
             assert_eq!(spec.to_string(), text);

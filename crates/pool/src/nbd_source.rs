@@ -135,13 +135,31 @@ impl ChunkSource for NbdSource {
 
 #[cfg(test)]
 mod tests {
-    use loam_block::PatternDevice;
+    use loam_block::{Capabilities, Geometry, Io, PatternDevice};
     use loam_content::collect_chunks;
 
     use super::*;
 
+    /// A pattern whose requests are short.
+    struct Short(PatternDevice);
+
+    impl BlockDevice for Short {
+        fn geometry(&self) -> Geometry {
+            Geometry { maximum_block: 16 << 10, ..self.0.geometry() }
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            self.0.capabilities()
+        }
+
+        fn read<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Io<'a, ()> {
+            assert!(buffer.len() <= 16 << 10);
+            self.0.read(offset, buffer)
+        }
+    }
+
     fn source(size: u64) -> NbdSource {
-        NbdSource::new("test".to_owned(), Arc::new(PatternDevice::new(size)), 64 << 10).unwrap()
+        NbdSource::new("test".to_owned(), Arc::new(Short(PatternDevice::new(size))), 64 << 10).unwrap()
     }
 
     #[tokio::test]

@@ -325,9 +325,41 @@ impl<W: Write> Shown for Json<W> {
 
 #[cfg(test)]
 mod tests {
-    use loam_block::{MemoryDevice, NullDevice, WriteFlags};
+    use loam_block::{Capabilities, Geometry, Io, MemoryDevice, NullDevice, WriteFlags};
 
     use super::*;
+
+    /// All holes, told in pieces of 4 KiB, of which every other is local.
+    struct Pieces;
+
+    impl BlockDevice for Pieces {
+        fn geometry(&self) -> Geometry {
+            Geometry { size: 65536, minimum_block: 1, preferred_block: 4096, maximum_block: 4096 }
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            Capabilities::default()
+        }
+
+        fn read<'a>(&'a self, _offset: u64, _buffer: &'a mut [u8]) -> Io<'a, ()> {
+            Io::Ready(Ok(()))
+        }
+
+        fn extents(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Extent>> {
+            Io::Ready(Ok(vec![Extent { offset, length: length.min(4096), kind: ExtentKind::Hole }]))
+        }
+
+        fn locality(&self, offset: u64, length: u64, _limit: usize) -> Io<'_, Vec<Locality>> {
+            Io::Ready(Ok(vec![Locality { offset, length, local: (offset / 4096).is_multiple_of(2) }]))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_told_in_pieces_is_shown_as_one_unless_it_differs() {
+        let whole = serde_json::json!({ "extents": [{ "offset": 0, "length": 65536, "type": "hole" }] });
+        assert_eq!(shown(&Pieces, false).await, whole);
+        assert_eq!(shown(&Pieces, true).await["extents"].as_array().unwrap().len(), 16);
+    }
 
     async fn shown(device: &dyn BlockDevice, locality: bool) -> serde_json::Value {
         let arguments = Map { device: "null:1".parse().unwrap(), locality };

@@ -13,7 +13,7 @@ use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions, SourceUrl};
 use loam_image::Index;
 use loam_seed::VIRTUAL_BASE;
 use loam_space::{Map, Unmapped};
-use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use rustix::fs::FlockOperation;
 
 use super::Opened;
@@ -190,6 +190,10 @@ impl Drop for WorkDirectory {
     }
 }
 
+/// What does not stand in a value as it is.
+const ENCODED: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'/').remove(b':').remove(b'.').remove(b'-').remove(b'_').remove(b'~');
+
 /// The keys of the parameters.
 const KEYS: [&str; 4] = ["source", "cache", "virtual-size", "virtual"];
 
@@ -241,7 +245,7 @@ impl fmt::Display for IndexDevice {
         let mut separator = if self.location.to_string().contains('?') { '&' } else { '?' };
         for (key, value) in KEYS.iter().zip(values) {
             if let Some(value) = value {
-                write!(f, "{separator}{key}={}", utf8_percent_encode(&value, NON_ALPHANUMERIC))?;
+                write!(f, "{separator}{key}={}", utf8_percent_encode(&value, ENCODED))?;
                 separator = '&';
             }
         }
