@@ -14,10 +14,11 @@ pub(super) const INPUT_BYTES: usize = 128 << 10;
 /// Bytes that are sent at once: 64 reads of 4 KiB with their headers. Input and output together stay in the second level
 /// cache of a core.
 pub(super) const OUTPUT_BYTES: usize = (256 << 10) + (16 << 10);
-/// What an idle connection receives into: a few requests.
-const IDLE_BYTES: usize = 128;
+/// What a connection without buffers receives into: 64 requests for reads, or a header whose payload then goes where it
+/// belongs.
+const IDLE_BYTES: usize = 2 << 10;
 /// Buffers of each kind that are kept for the next connection that becomes busy.
-const POOL_KEPT_MAX: usize = 16;
+const POOL_KEPT_MAX: usize = 32;
 /// Payload buffers that a busy connection keeps for its next large request, and the most bytes in them.
 const SPARES_MAX: usize = 4;
 const SPARE_BYTES_MAX: usize = 4 << 20;

@@ -520,7 +520,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.finish(finished.map_err(io::Error::other)?);
             moved = true;
         }
-        if self.poll_timing(cx)? || moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if self.poll_timing(cx)? || moved {
+            return Poll::Ready(Ok(()));
+        }
+        // Whatever comes next, another connection may need them first.
+        self.input.rest();
+        self.output.rest();
+        Poll::Pending
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

@@ -9,7 +9,7 @@ use loam_nbd::protocol::{
 };
 use loam_nbd::server::{Export, Server, ServerOptions};
 
-use crate::peer::{Claims, connect, export, facts, info, ready, refusal, server_of};
+use crate::peer::{Claims, connect, ended, export, facts, info, ready, refusal, server_of};
 
 fn two() -> Arc<Server> {
     let exports =
@@ -133,7 +133,7 @@ async fn abort_is_acknowledged_whatever_comes_with_it() {
     peer.greet().await;
     assert_eq!(peer.raw_option(2, b"good bye").await, [OptionReply::Ack]);
     peer.expect_closed().await;
-    served.await.expect("no panic").expect("a proper end");
+    ended(served).await.expect("a proper end");
 }
 
 #[tokio::test]

@@ -78,6 +78,11 @@ pub(crate) fn connect(server: &Arc<Server>) -> (Peer, JoinHandle<std::io::Result
     (Peer::over(near), tokio::spawn(async move { server.serve_stream(far).await }))
 }
 
+/// How a server's task ended.
+pub(crate) async fn ended(served: JoinHandle<std::io::Result<()>>) -> std::io::Result<()> {
+    tokio::time::timeout(PATIENCE, served).await.expect("it ends in time").expect("no panic")
+}
+
 /// A connection in the transmission phase of the default export.
 pub(crate) async fn ready(server: &Arc<Server>, style: HeaderStyle) -> Peer {
     let (mut peer, _) = connect(server);

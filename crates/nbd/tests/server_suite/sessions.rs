@@ -13,7 +13,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::peer::{Peer, Slow, export, filled, request};
+use crate::peer::{Peer, Slow, ended, export, filled, request};
 
 struct Running {
     stop: oneshot::Sender<()>,
@@ -61,7 +61,7 @@ async fn unix_and_tcp_serve_alike_and_the_socket_goes_with_the_server() {
     peer.expect_alive().await;
     for running in [unix, tcp] {
         running.stop.send(()).expect("it runs");
-        running.served.await.expect("no panic").expect("a proper end");
+        ended(running.served).await.expect("a proper end");
     }
     assert!(!path.exists());
     peer.expect_closed().await;
@@ -74,7 +74,7 @@ async fn names_of_the_abstract_namespace_need_no_file() {
     let running = run(server(Duration::ZERO, ServerOptions::default()), listener);
     join(Path::new(&name)).await.expect_alive().await;
     drop(running.stop);
-    running.served.await.expect("no panic").expect("a proper end");
+    ended(running.served).await.expect("a proper end");
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn stopping_answers_what_is_in_flight_refuses_what_comes_and_closes() {
     assert_eq!(errors, [(1, None), (2, shutdown), (3, shutdown)]);
     busy.expect_closed().await;
     idle.expect_closed().await;
-    running.served.await.expect("no panic").expect("a proper end");
+    ended(running.served).await.expect("a proper end");
 }
 
 #[tokio::test]
@@ -118,7 +118,7 @@ async fn stopping_does_not_wait_for_ever() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let begin = Instant::now();
     running.stop.send(()).expect("it runs");
-    running.served.await.expect("no panic").expect("an end");
+    ended(running.served).await.expect("an end");
     assert!(begin.elapsed() < Duration::from_secs(5));
     busy.expect_closed().await;
     drop(half);

@@ -1,4 +1,4 @@
-//! What a connection does by the clock: it gives its buffers back when it has been idle for a moment, leaves a client
+//! What a connection does by the clock: it gives its payload buffers back when it has been idle for a moment, leaves a client
 //! that stalls, and closes some time after the server was told to stop.
 //!
 //! A clock that is set anew for each request would cost more than the request. So there is a slow tick, which runs only
@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::Connection;
 
-/// How often is looked whether a busy connection became idle.
+/// How often is looked whether anything moved on a busy connection.
 const TICK: Duration = Duration::from_millis(500);
 /// How long a connection that has nothing in flight listens for more when the server stops, so as to answer with
 /// ESHUTDOWN what was on its way.
@@ -136,8 +136,6 @@ impl<S> Connection<S> {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, message));
             }
         } else if idle {
-            self.input.rest();
-            self.output.rest();
             self.spares.clear();
             return Ok(());
         } else {
