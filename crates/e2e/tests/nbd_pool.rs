@@ -52,6 +52,7 @@ fn a_pool_is_a_device_while_it_is_up_and_while_it_is_down() {
     assert!(after < before / 4, "{before} bytes were lazy, now {after} are");
     let superblock = read_export(&uri, 65536, 4096).unwrap();
     let content = read_export(&uri, VIRTUAL_BASE, 65536).unwrap();
+    assert!(read_export(&uri, VIRTUAL_BASE + 5, 10).unwrap() == content[5..15], "bytes, not blocks");
     assert!(read_export(&uri, VIRTUAL_BASE + (1 << 50), 4096).unwrap_err().contains("Io"), "unmapped");
     let pid = loam.daemon_pid();
     loam.kill_daemon();
@@ -67,6 +68,7 @@ fn a_pool_is_a_device_while_it_is_up_and_while_it_is_down() {
     let mut serving = Serving::start(&loam, ["pool:", "--nbd", &unix(&own)]);
     assert!(read_export(serving.uri(), 65536, 4096).unwrap() == superblock);
     assert!(read_export(serving.uri(), VIRTUAL_BASE, 65536).unwrap() == content);
+    assert!(read_export(serving.uri(), VIRTUAL_BASE + 4095, 2).unwrap() == content[4095..4097]);
     let kept_away = loam.run(["up"]).fails();
     assert!(kept_away.contains("open"), "{kept_away}");
     serving.signal(Signal::TERM);

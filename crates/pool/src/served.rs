@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use loam_block::layer::LayerSpec;
 use loam_block::{BlockDevice, FileDevice, FileOptions};
 use loam_content::{Cache, CacheOptions, HttpClient, HttpOptions};
 use loam_space::{AddressSpace, Map, Unmapped, VirtualDevice};
@@ -46,4 +47,11 @@ impl Served {
         let device = Arc::new(VirtualDevice::new(Arc::new(prefix), space.clone()));
         Ok(Served { map, space, contents, device })
     }
+}
+
+/// The virtual device for clients that ask for any bytes: contents are kept in whole blocks, and a request that is not of
+/// whole blocks is widened to them.
+pub(crate) fn of_any_bytes(device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>> {
+    let layer: LayerSpec = "blocksize,minimum=4096".parse().step(|| "a layer of its own".to_owned())?;
+    layer.wrap(device).step(|| "aligning requests to blocks".to_owned())
 }

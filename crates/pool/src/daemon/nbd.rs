@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::Pool;
 use crate::error::{Context, Result};
+use crate::served::of_any_bytes;
 
 /// The socket is served until this is told to stop.
 pub(super) struct Serving {
@@ -25,7 +26,7 @@ impl Serving {
         let export = Export {
             name: String::new(),
             description: format!("the virtual device of the pool {}", pool.directory.root().display()),
-            device: pool.device.clone(),
+            device: of_any_bytes(pool.device.clone())?,
             read_only: true,
         };
         let server = Server::new(vec![export], ServerOptions::default()).step(what)?;

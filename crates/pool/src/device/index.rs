@@ -22,7 +22,7 @@ use crate::directory::{PoolDirectory, remove_tree};
 use crate::error::{Context, Error, Result};
 use crate::format::{make_directories, make_map, seed_without_pool, write_prefix};
 use crate::indexes::{self, MAX_INDEX_BYTES, SUFFIX};
-use crate::served::Served;
+use crate::served::{Served, of_any_bytes};
 
 /// Bytes of the virtual region unless told otherwise, as `loam seed make` has it.
 const VIRTUAL_SIZE: u64 = 4 << 60;
@@ -68,7 +68,7 @@ impl IndexDevice {
         })
         .await
         .step(|| "making the device".to_owned())??;
-        Ok(Opened::new(served.device.clone()).keeping((served, kept)))
+        Ok(Opened::new(of_any_bytes(served.device.clone())?).keeping((served, kept)))
     }
 
     /// Map, cache and prefix of a directory that may have been used for the same before.

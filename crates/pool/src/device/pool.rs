@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::directory::PoolDirectory;
 use crate::error::{Error, Result};
 use crate::launch::{hold_down, is_held};
-use crate::served::Served;
+use crate::served::{Served, of_any_bytes};
 
 /// How long a pool may be on its way up or down.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,7 +30,7 @@ pub(super) async fn open(directory: &PoolDirectory, options: &OpenOptions) -> Re
         let held = directory.run().exists() && is_held(directory)?;
         if !held && let Some(lock) = hold_down(directory)? {
             let served = Served::open(directory, config.cache_limit, Unmapped::Error)?;
-            return Ok(Opened::new(served.device.clone()).keeping((served, lock)));
+            return Ok(Opened::new(of_any_bytes(served.device.clone())?).keeping((served, lock)));
         }
         if began.elapsed() > PATIENCE {
             return Err(Error::Locked(directory.root().to_owned()));
