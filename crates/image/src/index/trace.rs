@@ -88,7 +88,7 @@ mod tests {
         let runs = [40960..45056, 0..4096, 4096 * 99..LENGTH, 8192..40960];
         let bytes = encode_trace(&runs, 1).unwrap();
         assert_eq!(decode_trace(&bytes, LENGTH).unwrap(), runs);
-        assert_eq!(encode_trace(&[], 1).unwrap(), []);
+        assert!(encode_trace(&[], 1).unwrap().is_empty());
         assert_eq!(decode_trace(&[], LENGTH).unwrap(), []);
     }
 
