@@ -2,7 +2,7 @@
 //!
 //! Headers, and the short payloads that are understood as a whole, go through a receive buffer, so that one call brings
 //! many small replies. Data goes from there, or past it straight from the socket, into the buffer of its request. Nothing
-//! that the server says is believed: see [`Link::dispatch`].
+//! that the server says is believed: see [`Link::head`] and [`Link::chunk`].
 
 use std::pin::Pin;
 use std::sync::MutexGuard;
