@@ -70,7 +70,7 @@ pub(crate) struct ServeDevice {
     /// Where to listen: unix:PATH or tcp:HOST:PORT (port 0: one that is free). May be given more than once.
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:localhost:10809", value_parser = with_cause::<Address>)]
     pub(crate) nbd: Vec<Address>,
-    /// The name of a single export [default: the empty one, which clients get that name none].
+    /// The name of a single export [default: the empty name, which clients use that name none].
     #[arg(long, value_name = "NAME")]
     pub(crate) export: Option<String>,
     /// What a list of exports says about it, for people.
@@ -116,13 +116,14 @@ pub(crate) enum Tls {
 fn serve_help() -> String {
     format!(
         "\
-One line with the URI to connect to is printed when clients can connect; with several exports or addresses all URIs,
-separated by spaces. Ctrl-C or SIGTERM stop gracefully: what is being done is done, then connections are closed; a second
-one stops at once. Sockets that systemd passes (LISTEN_FDS) are used in place of --nbd.
+One line with the URI to connect to is printed when clients can connect; with several exports or
+addresses all URIs, separated by spaces. Ctrl-C or SIGTERM stop gracefully: what is being done
+is done, then connections are closed; a second one stops at once. Sockets that systemd passes
+(LISTEN_FDS) are used in place of --nbd.
 
 Examples:
   loam serve disk.img --nbd unix:/run/d.sock
-  loam serve pool: --nbd tcp:0.0.0.0:10809 --tls require --tls-certificates /etc/pki/loam --tls-verify-peer
+  loam serve pool: --nbd tcp:0.0.0.0:10809 --tls require --tls-certificates /etc/pki/loam
   loam serve root=root.img swap=memory:1GiB --nbd unix:/run/d.sock
   loam serve memory:1GiB --layer log --layer delay,write=20ms --nbd tcp:localhost:0
   nbdcopy -- [ loam serve disk.img ] copy.img
@@ -186,8 +187,9 @@ pub(crate) struct Copy {
 fn copy_help() -> String {
     format!(
         "\
-Holes and zeroes of the source are not read, and become holes of DST. Ctrl-C stops in good order: what is in flight is
-finished and flushed, and the offset up to which DST is complete is printed; a second one stops at once.
+Holes and zeroes of the source are not read, and become holes of DST. Ctrl-C stops in good
+order: what is in flight is finished and flushed, and the offset up to which DST is complete is
+printed; a second one stops at once.
 
 Examples:
   loam copy nbd+unix:///?socket=/run/d.sock out.img --create
@@ -236,8 +238,9 @@ pub(crate) struct Map {
 fn map_help() -> String {
     format!(
         "\
-data may be anything, zero reads as zeroes and has room, hole reads as zeroes and has none. With --locality, lazy is
-what a read would fetch first. What is read is never more than the map itself.
+data may be anything, zero reads as zeroes and has room, hole reads as zeroes and has none. With
+--locality, lazy is what a read would fetch first. What is read is never more than the map
+itself.
 
 Examples:
   loam map disk.img
