@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 
 use crate::tls::TlsPolicy;
-use connection::{Connection, Pools};
+use connection::{Connection, Pools, SendFile, send_file_tcp, send_file_unix};
 use handshake::{Haggling, Outcome};
 use listener::Accepted;
 pub use listener::Listener;
@@ -197,8 +197,10 @@ impl Server {
         let (server, stopping) = (Arc::clone(self), stopping.clone());
         connections.spawn(async move {
             let served = match accepted {
-                Accepted::Unix(stream) => server.serve_connection(stream, stopping).await,
-                Accepted::Tcp(stream) => server.serve_connection(stream, stopping).await,
+                Accepted::Unix(stream) => {
+                    server.serve_connection(stream, Some(send_file_unix), stopping).await
+                }
+                Accepted::Tcp(stream) => server.serve_connection(stream, Some(send_file_tcp), stopping).await,
             };
             if let Err(error) = served {
                 tracing::info!(%error, "a connection ended");
@@ -215,24 +217,33 @@ impl Server {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let (_stop, stopping) = watch::channel(false);
-        self.serve_connection(stream, stopping).await
+        self.serve_connection(stream, None, stopping).await
     }
 
-    async fn serve_connection<S>(&self, mut stream: S, mut stopping: watch::Receiver<bool>) -> io::Result<()>
+    /// Serves one connection; `send_file` is for its plain stream.
+    async fn serve_connection<S>(
+        &self,
+        mut stream: S,
+        send_file: Option<SendFile<S>>,
+        stopping: watch::Receiver<bool>,
+    ) -> io::Result<()>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let deadline = Instant::now() + self.options.handshake_timeout;
-        let mut haggling = within(deadline, Haggling::begin(self, &mut stream)).await?;
-        match within(deadline, haggling.options(&mut stream, &mut stopping)).await? {
+        let mut limits =
+            Limits { deadline: Instant::now() + self.options.handshake_timeout, stopping: stopping.clone() };
+        let mut haggling = limits.keep(Haggling::begin(self, &mut stream)).await?;
+        match limits.keep(haggling.options(&mut stream)).await? {
             Outcome::Closed => stream.shutdown().await,
-            Outcome::Transmission(session) => Connection::new(self, stream, session, stopping).run().await,
+            Outcome::Transmission(session) => {
+                Connection::new(self, stream, session, send_file, stopping).run().await
+            }
             Outcome::StartTls => {
-                let mut stream = within(deadline, self.accept_tls(stream)).await?;
+                let mut stream = limits.keep(self.accept_tls(stream)).await?;
                 haggling.secured();
-                match within(deadline, haggling.options(&mut stream, &mut stopping)).await? {
+                match limits.keep(haggling.options(&mut stream)).await? {
                     Outcome::Transmission(session) => {
-                        Connection::new(self, stream, session, stopping).run().await
+                        Connection::new(self, stream, session, None, stopping).run().await
                     }
                     Outcome::Closed | Outcome::StartTls => stream.shutdown().await,
                 }
@@ -251,9 +262,22 @@ impl Server {
     }
 }
 
-/// What `step` of a handshake comes to, if it does so until `deadline`.
-async fn within<T>(deadline: Instant, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    tokio::time::timeout_at(deadline, step).await.unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "the client did not finish the handshake in time"))
-    })
+/// When a handshake is over, whether or not it came to an end: nothing is in flight that a client could miss.
+struct Limits {
+    deadline: Instant,
+    stopping: watch::Receiver<bool>,
+}
+
+impl Limits {
+    /// What `step` of the handshake comes to, within the limits.
+    async fn keep<T>(&mut self, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+        tokio::select! {
+            done = tokio::time::timeout_at(self.deadline, step) => done.unwrap_or_else(|_| {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the client did not finish the handshake in time"))
+            }),
+            Ok(_) = self.stopping.wait_for(|stopping| *stopping) => {
+                Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the server stopped during the handshake"))
+            }
+        }
+    }
 }

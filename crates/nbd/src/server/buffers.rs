@@ -22,6 +22,8 @@ const POOL_KEPT_MAX: usize = 32;
 /// Payload buffers that a busy connection keeps for its next large request, and the most bytes in them.
 const SPARES_MAX: usize = 4;
 const SPARE_BYTES_MAX: usize = 4 << 20;
+/// Pieces that wait to be sent when no long reads are begun.
+const PIECES_MAX: usize = 256;
 /// Pieces that are sent in one call.
 const GATHERED_MAX: usize = 32;
 
@@ -169,12 +171,15 @@ enum Piece {
     Inline { start: usize, end: usize },
     /// A range of a buffer of its own, and whether the buffer may be used again.
     Payload { buffer: Arc<Box<[u8]>>, start: usize, end: usize },
+    /// Bytes of the device, which somebody else sends from the file where they lie.
+    Located { offset: u64, length: usize },
 }
 
 impl Piece {
     fn length(&self) -> usize {
         match self {
             Piece::Inline { start, end } | Piece::Payload { start, end, .. } => end - start,
+            Piece::Located { length, .. } => *length,
         }
     }
 }
@@ -236,7 +241,25 @@ impl Output {
         self.pieces.push_back(Piece::Payload { buffer: Arc::clone(buffer), start, end });
     }
 
-    /// Sends what can be sent.
+    /// Whether so many pieces wait that no more should be added.
+    pub(super) fn is_long(&self) -> bool {
+        self.pieces.len() >= PIECES_MAX
+    }
+
+    /// Adds bytes of the device.
+    pub(super) fn push_located(&mut self, offset: u64, length: usize) {
+        self.pieces.push_back(Piece::Located { offset, length });
+    }
+
+    /// The bytes of the device that are to be sent next, if such bytes are.
+    pub(super) fn located(&self) -> Option<(u64, usize)> {
+        match self.pieces.front() {
+            Some(&Piece::Located { offset, length }) => Some((offset, length)),
+            _ => None,
+        }
+    }
+
+    /// Sends what can be sent of what comes before [`Output::located`] would be something.
     pub(super) fn poll_send<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
@@ -244,20 +267,21 @@ impl Output {
         spares: &mut Spares,
     ) -> Poll<io::Result<()>> {
         let inline = self.buffer.as_deref().unwrap_or_default();
-        let slice = |piece| match piece {
-            &Piece::Inline { start, end } => &inline[start..end],
-            Piece::Payload { buffer, start, end } => &buffer[*start..*end],
+        let bytes = |piece| match piece {
+            &Piece::Inline { start, end } => Some(&inline[start..end]),
+            Piece::Payload { buffer, start, end } => Some(&buffer[*start..*end]),
+            Piece::Located { .. } => None,
         };
+        let mut slices = [IoSlice::new(&[]); GATHERED_MAX];
+        let mut count = 0;
+        for (into, bytes) in slices.iter_mut().zip(self.pieces.iter().map_while(bytes)) {
+            *into = IoSlice::new(bytes);
+            count += 1;
+        }
         let stream = Pin::new(stream);
-        let sent = if self.pieces.len() == 1 {
-            ready!(stream.poll_write(cx, slice(&self.pieces[0])))?
-        } else {
-            let mut slices = [IoSlice::new(&[]); GATHERED_MAX];
-            let pieces = self.pieces.len().min(GATHERED_MAX);
-            for (into, piece) in slices.iter_mut().zip(&self.pieces) {
-                *into = IoSlice::new(slice(piece));
-            }
-            ready!(stream.poll_write_vectored(cx, &slices[..pieces]))?
+        let sent = match &slices[..count] {
+            [only] => ready!(stream.poll_write(cx, only))?,
+            several => ready!(stream.poll_write_vectored(cx, several))?,
         };
         if sent == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -266,7 +290,7 @@ impl Output {
         Poll::Ready(Ok(()))
     }
 
-    fn sent(&mut self, mut length: usize, spares: &mut Spares) {
+    pub(super) fn sent(&mut self, mut length: usize, spares: &mut Spares) {
         while length > 0
             && let Some(first) = self.pieces.front_mut()
         {
@@ -274,6 +298,10 @@ impl Output {
             length -= part;
             match first {
                 Piece::Inline { start, .. } => *start += part,
+                Piece::Located { offset, length } => {
+                    *offset += part as u64;
+                    *length -= part;
+                }
                 Piece::Payload { start, .. } => {
                     *start += part;
                     self.payload_bytes -= part;

@@ -8,6 +8,7 @@
 //! their own (received, at work or to be sent) fill the connection's share. So a client that does not take its replies
 //! finds that its requests are not taken either.
 
+mod located;
 mod replies;
 mod timing;
 
@@ -30,6 +31,8 @@ use super::work::{self, Statuses};
 use crate::protocol::{
     Command, CommandFlags, HeaderStyle, NbdError, ProtocolError, ReplyFlags, ReplyHead, Request, StatusFilter,
 };
+use located::Files;
+pub(super) use located::{SendFile, send_file_tcp, send_file_unix};
 use timing::Timing;
 
 /// Requests that wait for the device at once.
@@ -108,6 +111,7 @@ pub(super) struct Connection<S> {
     jobs: JoinSet<Finished>,
     /// Bytes of payload in `incoming` and `jobs`.
     held: usize,
+    files: Files<S>,
     timing: Timing,
     /// The client sends no more.
     ended: bool,
@@ -129,6 +133,11 @@ impl Pools {
 }
 
 impl<S> Connection<S> {
+    /// Whether the data that answers `request` must stay in one piece.
+    fn is_one_chunk(&self, request: &Request) -> bool {
+        !self.session.terms.style.chunks() || request.flags.contains(CommandFlags::DF)
+    }
+
     fn wants_input(&self) -> bool {
         !self.ended && !self.blocked && !self.input.is_full()
     }
@@ -139,9 +148,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         server: &Server,
         stream: S,
         session: Box<Session>,
+        send_file: Option<SendFile<S>>,
         stopping: watch::Receiver<bool>,
     ) -> Self {
         Connection {
+            files: Files::new(send_file, &*session.device),
             stream,
             session,
             memory: server.options.connection_memory,
@@ -304,11 +315,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Step::Again
     }
 
-    /// Whether the data that answers `request` must stay in one piece.
-    fn is_one_chunk(&self, request: &Request) -> bool {
-        !self.session.terms.style.chunks() || request.flags.contains(CommandFlags::DF)
-    }
-
     /// Reads into the output buffer, which has room.
     fn read_inline(&mut self, request: &Request, length: usize) {
         let (style, flags, at) = (self.session.terms.style, ReplyFlags::DONE, request.offset);
@@ -336,18 +342,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let Reading { request, at } = reading;
         let left = (request.offset + request.length - at) as usize;
         let length = if self.is_one_chunk(&request) { left } else { left.min(READ_PIECE) };
-        let far_ahead = self.output.payload_bytes() >= READ_AHEAD;
+        let far_ahead = self.output.payload_bytes() >= READ_AHEAD || self.output.is_long();
         if far_ahead || self.output.room() < FINISH_ROOM || !self.may_hold(left) {
             self.reading = Some(Reading { request, at });
             return Step::NeedsRoom;
+        }
+        let rest = (length < left).then(|| Reading { request, at: at + length as u64 });
+        if self.send_located(&request, at, length) {
+            self.reading = rest;
+            return Step::Again;
         }
         let mut buffer = self.spares.take(length);
         match work::at_once(self.session.device.read(at, &mut buffer[..length])) {
             Some(Ok(())) => {
                 self.send_data(&request, at, buffer, length);
-                if length < left {
-                    self.reading = Some(Reading { request, at: at + length as u64 });
-                }
+                self.reading = rest;
             }
             Some(Err(error)) => {
                 self.fail(&request, &error);
@@ -490,7 +499,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn poll_move(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut moved = false;
         if !self.output.is_empty()
-            && let Poll::Ready(sent) = self.output.poll_send(&mut self.stream, cx, &mut self.spares)
+            && let Poll::Ready(sent) = self.poll_send(cx)
         {
             sent?;
             self.unflushed = true;
@@ -527,6 +536,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.input.rest();
         self.output.rest();
         Poll::Pending
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.output.located() {
+            Some((offset, length)) => self.poll_send_located(cx, offset, length),
+            None => self.output.poll_send(&mut self.stream, cx, &mut self.spares),
+        }
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

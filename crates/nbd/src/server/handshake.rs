@@ -4,7 +4,6 @@
 use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::watch;
 
 use super::export::{Context, Session};
 use super::{Export, Server};
@@ -24,7 +23,7 @@ pub(super) enum Outcome {
     Transmission(Box<Session>),
     /// The client's next bytes are those of TLS.
     StartTls,
-    /// The client ended it, or the server stops.
+    /// The client ended it.
     Closed,
 }
 
@@ -74,23 +73,16 @@ impl<'a> Haggling<'a> {
     ///
     /// # Errors
     /// When the stream fails, or the client breaks the protocol so that no answer is possible.
-    pub(super) async fn options<S>(
-        &mut self,
-        stream: &mut S,
-        stopping: &mut watch::Receiver<bool>,
-    ) -> io::Result<Outcome>
+    pub(super) async fn options<S>(&mut self, stream: &mut S) -> io::Result<Outcome>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let mut replies = Vec::new();
         loop {
             let mut header = [0; OptionHeader::LENGTH];
-            tokio::select! {
-                read = stream.read_exact(&mut header) => match read {
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Outcome::Closed),
-                    read => read?,
-                },
-                Ok(_) = stopping.wait_for(|stopping| *stopping) => return Ok(Outcome::Closed),
+            match stream.read_exact(&mut header).await {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Outcome::Closed),
+                read => read?,
             };
             let header = OptionHeader::parse(header).map_err(broken)?;
             let parsed = read_data(stream, header).await?;

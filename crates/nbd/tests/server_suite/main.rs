@@ -1,5 +1,6 @@
 //! The server as a client sees it: each option and command by its bytes, over a socket pair.
 
+mod files;
 mod limits;
 mod options;
 mod peer;

@@ -125,6 +125,29 @@ async fn stopping_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
+async fn a_handshake_does_not_hold_up_a_server_that_stops() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("socket");
+    let listener = Listener::bind_unix(&path).expect("bind");
+    let running = run(server(Duration::ZERO, ServerOptions::default()), listener);
+    let mut peers = Vec::new();
+    for says in [&b""[..], b"\0\0\0\x03", b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\x10\0half"] {
+        let mut peer = Peer::over(UnixStream::connect(&path).await.expect("somebody listens"));
+        let _greeting: [u8; 18] = peer.read().await;
+        peer.write(says).await;
+        peers.push(peer);
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let begin = Instant::now();
+    running.stop.send(()).expect("it runs");
+    ended(running.served).await.expect("an end");
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    for peer in &mut peers {
+        peer.expect_closed().await;
+    }
+}
+
+#[tokio::test]
 async fn one_connection_too_many_is_closed_and_a_place_that_is_left_is_given_again() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path().join("socket");
