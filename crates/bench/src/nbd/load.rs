@@ -132,8 +132,9 @@ fn load(options: &Options) -> Result<Outcome> {
                 worker.run().map(|()| worker)
             }));
         }
-        barrier.wait();
+        // Taken before: on a busy machine this thread may run again only when the others have finished.
         let started = Instant::now();
+        barrier.wait();
         let mut outcome = Outcome::default();
         let mut latencies = Vec::new();
         for thread in threads {
