@@ -36,11 +36,18 @@ use crate::tls::ClientTls;
 /// Connections that one device opens at most.
 pub const CONNECTIONS_MAX: usize = 64;
 
+/// For [`ClientOptions::fill`]: what one connection of a server with threads has in hand at a time, by custom.
+pub const CONNECTION_FILL: usize = 16;
+
 /// How a client behaves.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
     /// Connections, at most [`CONNECTIONS_MAX`]; one where the server does not promise that several see the same.
     pub connections: usize,
+    /// Requests in flight on one connection before the next is used; beyond that, and with 0 from the start, a request
+    /// goes to the connection that has least to do. A server at memory speed does more for each wake-up the fewer
+    /// connections there are, and servers have their threads by connection: [`CONNECTION_FILL`] gives both their due.
+    pub fill: usize,
     /// How long connecting and the handshake may take together.
     pub connect_timeout: Duration,
     /// How long the answer to a read, a write or a question may take until the connection is taken for dead.
@@ -57,6 +64,7 @@ impl Default for ClientOptions {
     fn default() -> Self {
         ClientOptions {
             connections: 4,
+            fill: 0,
             connect_timeout: Duration::from_secs(10),
             request_timeout: Duration::from_secs(30),
             slow_timeout: Duration::from_secs(300),

@@ -25,6 +25,7 @@ mod report;
 mod shape;
 mod state;
 mod stretch;
+mod window;
 mod work;
 mod zeroes;
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::pin::pin;
 
 use anyhow::Context as _;
-use loam_nbd::client::ClientOptions;
+use loam_nbd::client::{CONNECTION_FILL, ClientOptions};
 use loam_nbd::copy::{CopyError, CopyOptions, CopyReport, Phase, Progress, ProgressState, Stop};
 use loam_pool::Error;
 use loam_pool::device::{DeviceSpec, OpenOptions, Opened};
@@ -26,11 +26,9 @@ pub(crate) async fn run(context: &Context, arguments: Copy) -> anyhow::Result<()
 }
 
 async fn open_both(context: &Context, arguments: &Copy) -> anyhow::Result<(Opened, Opened)> {
-    let options = |read_only| OpenOptions {
-        read_only,
-        pool: Some(context.directory.clone()),
-        client: client_options(&arguments.connections),
-    };
+    let client = ClientOptions { fill: CONNECTION_FILL, ..client_options(&arguments.connections) };
+    let options =
+        |read_only| OpenOptions { read_only, pool: Some(context.directory.clone()), client: client.clone() };
     let source = arguments.source.open(&options(true)).await?;
     let destination = if arguments.create {
         arguments.destination.open_or_create(&options(false), source.device.geometry().size).await?

@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 
@@ -182,6 +182,7 @@ pub(super) struct Link {
     is_broken: AtomicBool,
     /// Bytes of the requests in flight, and something for each of them: what connections are chosen by.
     load: AtomicU64,
+    in_flight: AtomicUsize,
     /// Bytes that were written and acknowledged, and not flushed since.
     pub(super) unflushed: AtomicU64,
     pub(super) clock: Arc<Notify>,
@@ -219,6 +220,7 @@ impl Link {
             table: Mutex::new(table),
             is_broken: AtomicBool::new(false),
             load: AtomicU64::new(0),
+            in_flight: AtomicUsize::new(0),
             unflushed: AtomicU64::new(0),
             clock: Arc::default(),
         }
@@ -231,6 +233,11 @@ impl Link {
     /// How much it has to do, in bytes.
     pub(super) fn load(&self) -> u64 {
         self.load.load(Ordering::Relaxed)
+    }
+
+    /// Requests that it carries.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
     }
 
     /// Whether it is of no use any more.
@@ -271,6 +278,7 @@ impl Link {
         let wake_clock = std::mem::take(&mut table.clock_stopped);
         drop(table);
         self.load.fetch_add(expected.payload + REQUEST_WEIGHT, Ordering::Relaxed);
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
         if wake_clock {
             self.clock.notify_one();
         }
@@ -360,6 +368,7 @@ impl Link {
         let crowd = std::mem::take(&mut table.crowd);
         drop(table);
         self.load.fetch_sub(weight, Ordering::Relaxed);
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
         crowd.into_iter().for_each(Waker::wake);
     }
 

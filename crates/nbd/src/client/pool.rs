@@ -99,7 +99,7 @@ impl Pool {
         self.members.len()
     }
 
-    /// Carries out a request on whichever connection has least to do, again if that breaks.
+    /// Carries out a request on the connection whose turn it is, again if that breaks.
     pub(super) async fn run(
         self: &Arc<Self>,
         order: Order,
@@ -192,7 +192,7 @@ impl Pool {
         self.members.iter().filter_map(|member| lock(member).link.clone()).collect()
     }
 
-    fn least_loaded(&self) -> Option<Arc<Link>> {
+    fn choose(&self) -> Option<Arc<Link>> {
         if let [member] = &self.members[..] {
             return lock(member).link.clone();
         }
@@ -200,6 +200,9 @@ impl Pool {
         for member in &self.members {
             let member = lock(member);
             let Some(link) = &member.link else { continue };
+            if link.in_flight() < self.options.fill {
+                return Some(link.clone());
+            }
             let load = link.load();
             if best.as_ref().is_none_or(|(least, _)| load < *least) {
                 best = Some((load, link.clone()));
@@ -215,7 +218,7 @@ impl Pool {
     async fn link(self: &Arc<Self>) -> Result<Arc<Link>> {
         let mut waited = false;
         loop {
-            if let Some(link) = self.least_loaded() {
+            if let Some(link) = self.choose() {
                 return Ok(link);
             }
             let news = self.news.notified();

@@ -101,6 +101,11 @@ fn file_of(device: &dyn BlockDevice) -> Option<(u64, u64)> {
     }
 }
 
+/// Whether a device is a file, or lies in one.
+pub(super) fn is_file(device: &dyn BlockDevice) -> bool {
+    file_of(device).is_some()
+}
+
 /// Refuses to copy a thing onto itself: by the identities that the caller knows, and by the files behind the devices.
 pub(super) fn refuse_same(
     source: &Arc<dyn BlockDevice>,

@@ -6,18 +6,23 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
+use super::check::is_file;
 use super::error::{CopyError, Operation, Side};
 use super::job::{Fault, Job};
 use super::options::Stop;
 use super::plan::plan;
 use super::progress::{Phase, Progress, ProgressState};
 use super::state::State;
+use super::window::{QUICK_BYTES, Window};
 use super::work::work;
 
 /// How often progress is told.
 const TICK: Duration = Duration::from_millis(100);
 /// Tasks that carry out requests: more threads than that only wait for memory.
 const WORKERS_MAX: usize = 4;
+/// Processors for each of them where a server writes: it has as much to do as the copier, and where all are busy, a
+/// second task of the copier's makes more wake-ups, and no more progress. A file is written by the copier itself.
+const PROCESSORS_OF_A_WORKER: usize = 2;
 
 /// How a pass ended that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,10 +158,12 @@ fn start(job: &Arc<Job>) -> JoinSet<Result<(), Fault>> {
     let planner = Arc::clone(job);
     tasks.spawn(async move { plan(&planner).await });
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = if is_file(job.destination.as_ref()) { threads } else { threads / PROCESSORS_OF_A_WORKER };
     let depth = job.limits.depth;
-    let workers = threads.min(WORKERS_MAX).min(depth);
+    let workers = workers.clamp(1, WORKERS_MAX).min(depth);
     for index in 0..workers {
-        tasks.spawn(work(Arc::clone(job), depth / workers + usize::from(index < depth % workers)));
+        let share = depth / workers + usize::from(index < depth % workers);
+        tasks.spawn(work(Arc::clone(job), Window::new(share, QUICK_BYTES / workers as u64)));
     }
     tasks
 }

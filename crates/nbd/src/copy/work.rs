@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::stream::{FuturesUnordered, StreamExt, TryStreamExt, iter};
+use tokio::time::MissedTickBehavior;
 
 use super::ZeroMethod;
 use super::error::Side;
@@ -12,6 +13,7 @@ use super::feed::Run;
 use super::job::{Fault, Job, Task};
 use super::report::add;
 use super::stretch::{is_zero, stretches};
+use super::window::{QUICK, Window};
 
 /// Zeroes between data of one piece are left out if they are at least so long: a second write costs some microseconds,
 /// and writing 16 KiB to memory does, too.
@@ -21,27 +23,42 @@ const PARTS_IN_FLIGHT: usize = 4;
 /// Pieces that are carried out before other tasks of the thread have their turn.
 const PIECES_IN_A_ROW: u32 = 16;
 
-/// Carries out pieces, at most `depth` at a time, until the feed is closed and empty or one fails.
-pub(super) async fn work(job: Arc<Job>, depth: usize) -> Result<(), Fault> {
+/// What became of a piece.
+struct Ended {
+    /// As [`Job::weight`] has it.
+    bytes: u64,
+    began: Instant,
+    buffer: Vec<u8>,
+    done: Result<(), Fault>,
+}
+
+/// Carries out pieces, as many at a time as `window` has room for, until the feed is closed and empty or one fails.
+pub(super) async fn work(job: Arc<Job>, mut window: Window) -> Result<(), Fault> {
     let job = &*job;
     // A stack: the buffer that is warm in the cache is taken again first.
     let mut idle: Vec<Vec<u8>> = Vec::new();
     let mut in_flight = FuturesUnordered::new();
     let (mut ended, mut in_a_row) = (false, 0);
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + QUICK, QUICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
-            Some((buffer, done)) = in_flight.next(), if !in_flight.is_empty() => {
+            Some(piece) = in_flight.next(), if !in_flight.is_empty() => {
+                let Ended { bytes, began, buffer, done } = piece;
                 done?;
                 idle.push(buffer);
+                window.end(bytes, began);
             }
-            piece = job.feed.take(|run| job.cut(run)), if !ended && in_flight.len() < depth => match piece {
+            piece = job.feed.take(|run| job.cut(run)), if !ended && window.has_room() => match piece {
                 Some(piece) => {
                     let buffer = idle.pop().unwrap_or_default();
+                    window.begin(job.weight(&piece));
                     in_flight.push(job.carry_out(piece, buffer));
                 }
                 None => ended = true,
             },
+            _ = tick.tick(), if !in_flight.is_empty() => window.tick(),
             else => return Ok(()),
         }
         in_a_row += 1;
@@ -62,7 +79,13 @@ impl Job {
         if run.length <= limits.whole_run { run.length } else { limits.request }
     }
 
-    async fn carry_out(&self, piece: Run, mut buffer: Vec<u8>) -> (Vec<u8>, Result<(), Fault>) {
+    /// Bytes that a piece moves: zeroes, in one command, move none worth mentioning.
+    fn weight(&self, piece: &Run) -> u64 {
+        piece.length.min(self.limits.whole_run)
+    }
+
+    async fn carry_out(&self, piece: Run, mut buffer: Vec<u8>) -> Ended {
+        let began = Instant::now();
         let done = match (self.task, piece.zero) {
             (Task::Copy, false) => self.copy_data(piece, self.room(&mut buffer)).await,
             (Task::Copy, true) => self.copy_zeroes(piece).await,
@@ -72,7 +95,7 @@ impl Job {
         if done.is_ok() {
             self.ledger.complete(piece.offset, piece.length);
         }
-        (buffer, done)
+        Ended { bytes: self.weight(&piece), began, buffer, done }
     }
 
     /// The buffer at the size that any piece needs: memory that is not touched costs nothing.

@@ -28,6 +28,7 @@ pub fn runtime() -> Runtime {
 pub fn options() -> ClientOptions {
     ClientOptions {
         connections: 1,
+        fill: 0,
         connect_timeout: Duration::from_secs(5),
         request_timeout: Duration::from_secs(5),
         slow_timeout: Duration::from_secs(5),
