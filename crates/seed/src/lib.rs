@@ -17,6 +17,7 @@ mod inspect;
 mod label;
 mod memory_tree;
 mod options;
+pub mod quota;
 pub mod reader;
 mod synthetic;
 mod tree;

@@ -3,7 +3,7 @@
 
 mod device;
 mod file;
-mod quota;
+pub mod quota;
 mod search;
 
 use std::ffi::{OsStr, OsString};

@@ -1,4 +1,12 @@
 //! Quotas: simple quotas (Linux 6.7), which charge a new extent to the subvolume that wrote it, or full qgroups.
+//!
+//! Here: turning them on and off, how they stand, rescans, and the group of one subvolume. [`groups`](list_groups) has
+//! the groups of a whole filesystem and changes them, [`create_subvolume_in`] makes subvolumes that are members of groups
+//! from their first byte on, and [`subvolume_paths`] says what to call them.
+
+mod groups;
+mod inherit;
+mod names;
 
 use std::os::fd::AsFd;
 
@@ -6,8 +14,14 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::search::{Key, tree_search};
 use super::{MAGIC, subvolume_info};
-use crate::ioctl::{self, READ, Request, WRITE};
+use crate::ioctl::{self, READ, Request, WRITE, call_integer, plain};
 use crate::{Error, Result};
+
+pub use groups::{
+    Qgroup, QgroupLimits, assign_group, create_group, limit_group, list_groups, remove_group, unassign_group,
+};
+pub use inherit::{Inherit, create_subvolume_in, snapshot_in};
+pub use names::{SUBVOLUMES_MAX, subvolume_paths};
 
 const QUOTA_CTL_ENABLE: u64 = 1;
 const QUOTA_CTL_DISABLE: u64 = 2;
@@ -21,6 +35,8 @@ const QGROUP_LIMIT: u8 = 244;
 /// A limit of this value is none: how the kernel clears one.
 const CLEAR: u64 = u64::MAX;
 const STATUS_ON: u64 = 1 << 0;
+const STATUS_RESCAN: u64 = 1 << 1;
+const STATUS_INCONSISTENT: u64 = 1 << 2;
 const STATUS_SIMPLE: u64 = 1 << 3;
 
 /// `struct btrfs_ioctl_quota_ctl_args`.
@@ -43,12 +59,24 @@ struct QgroupLimitArgs {
     rsv_excl: u64,
 }
 
+/// `struct btrfs_ioctl_quota_rescan_args`.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct RescanArgs {
+    flags: u64,
+    progress: u64,
+    reserved: [u64; 6],
+}
+
+const _: () = assert!(size_of::<RescanArgs>() == 64);
 const _: () = assert!(size_of::<QuotaCtlArgs>() == 16);
 const _: () = assert!(size_of::<QgroupLimitArgs>() == 48);
 
 const QUOTA_CTL: Request<QuotaCtlArgs> = Request::sized("BTRFS_IOC_QUOTA_CTL", READ | WRITE, MAGIC, 40);
 // The kernel's header really says _IOR.
 const QGROUP_LIMIT_SET: Request<QgroupLimitArgs> = Request::sized("BTRFS_IOC_QGROUP_LIMIT", READ, MAGIC, 43);
+const QUOTA_RESCAN: Request<RescanArgs> = Request::sized("BTRFS_IOC_QUOTA_RESCAN", WRITE, MAGIC, 44);
+const QUOTA_RESCAN_WAIT: u32 = plain(MAGIC, 46);
 
 /// How a filesystem counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,24 +137,74 @@ pub fn limit_subvolume(file: impl AsFd, limit: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// How the filesystem that `file` lies in counts; `None` when quotas are off.
+/// How the quotas of a filesystem stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuotaStatus {
+    /// How it counts.
+    pub mode: QuotaMode,
+    /// Simple quotas: extents of earlier transactions are charged to nobody. `None` for full qgroups.
+    pub enable_generation: Option<u64>,
+    /// Full qgroups: the counts are wrong until a rescan has ended.
+    pub inconsistent: bool,
+    /// Full qgroups: a rescan is under way.
+    pub rescanning: bool,
+}
+
+/// How the quotas of the filesystem that `file` lies in stand, as of the last commit; `None` when they are off.
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN.
-pub fn quota_mode(file: impl AsFd) -> Result<Option<QuotaMode>> {
+pub fn quota_status(file: impl AsFd) -> Result<Option<QuotaStatus>> {
     let key = Key { objectid: 0, kind: QGROUP_STATUS, offset: 0 };
     let items = match tree_search(&file, QUOTA_TREE, key, key, 1) {
         Ok(items) => items,
         Err(error) if error.errno() == Some(libc::ENOENT) => return Ok(None),
         Err(error) => return Err(error),
     };
-    // struct btrfs_qgroup_status_item: version, generation, flags.
-    let flags = items.first().and_then(|item| word(&item.bytes, 2)).unwrap_or(0);
-    Ok(match (flags & STATUS_ON != 0, flags & STATUS_SIMPLE != 0) {
-        (false, _) => None,
-        (true, true) => Some(QuotaMode::Simple),
-        (true, false) => Some(QuotaMode::Full),
+    Ok(items.first().and_then(|item| parse_status(&item.bytes)))
+}
+
+/// Takes `struct btrfs_qgroup_status_item` apart: version, generation, flags, rescan progress, and for simple quotas the
+/// generation of their enabling.
+fn parse_status(item: &[u8]) -> Option<QuotaStatus> {
+    let flags = word(item, 2).filter(|flags| flags & STATUS_ON != 0)?;
+    let simple = flags & STATUS_SIMPLE != 0;
+    Some(QuotaStatus {
+        mode: if simple { QuotaMode::Simple } else { QuotaMode::Full },
+        enable_generation: word(item, 4).filter(|_| simple),
+        inconsistent: flags & STATUS_INCONSISTENT != 0,
+        rescanning: flags & STATUS_RESCAN != 0,
     })
+}
+
+/// How the filesystem that `file` lies in counts; `None` when quotas are off.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN.
+pub fn quota_mode(file: impl AsFd) -> Result<Option<QuotaMode>> {
+    Ok(quota_status(file)?.map(|status| status.mode))
+}
+
+/// Full qgroups: begins to count everything anew. One that is under way already is left to go on.
+///
+/// # Errors
+/// `ENOTCONN` when quotas are off; `EINVAL` under simple quotas, which have nothing to count anew.
+pub fn rescan_quota(file: impl AsFd) -> Result<()> {
+    let mut arguments = RescanArgs::new_zeroed();
+    match QUOTA_RESCAN.call(file.as_fd(), &mut arguments, || ioctl::describe(file.as_fd())) {
+        Err(error) if error.errno() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until no rescan is under way.
+///
+/// # Errors
+/// `EINTR` when a signal came first.
+pub fn wait_for_rescan(file: impl AsFd) -> Result<()> {
+    let describe = || ioctl::describe(file.as_fd());
+    call_integer("BTRFS_IOC_QUOTA_RESCAN_WAIT", QUOTA_RESCAN_WAIT, file.as_fd(), 0, describe)?;
+    Ok(())
 }
 
 /// What is charged to the subvolume that `file` lies in, as of the last commit, and its limit.
@@ -167,6 +245,23 @@ fn word(bytes: &[u8], index: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_is_told_from_its_flags() {
+        let item = |flags: u64| {
+            [1u64, 9, flags, 0, 7].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>()
+        };
+        assert_eq!(parse_status(&item(STATUS_SIMPLE)), None, "off");
+        let simple = parse_status(&item(STATUS_ON | STATUS_SIMPLE)).expect("on");
+        assert_eq!(
+            (simple.mode, simple.enable_generation, simple.inconsistent),
+            (QuotaMode::Simple, Some(7), false)
+        );
+        let full = parse_status(&item(STATUS_ON | STATUS_INCONSISTENT | STATUS_RESCAN)[..32]).expect("on");
+        assert_eq!((full.mode, full.enable_generation), (QuotaMode::Full, None));
+        assert!(full.inconsistent && full.rescanning);
+        assert_eq!(parse_status(&item(STATUS_ON)[..20]), None, "torn");
+    }
 
     #[test]
     fn words_beyond_the_end_are_none() {
