@@ -30,6 +30,7 @@ mod mounts;
 mod nbd_source;
 mod pins;
 pub mod protocol;
+pub mod quota;
 mod ranges;
 mod served;
 mod stand_in;

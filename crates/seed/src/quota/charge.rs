@@ -64,6 +64,9 @@ pub(super) struct Charges {
     pub(super) left_out: u64,
 }
 
+/// Who is said to have written data that is older than the quotas: quotas were on, off, and on again.
+pub(super) type OlderOwners = BTreeMap<u64, u64>;
+
 impl Charges {
     pub(super) fn add(&mut self, charged: &Charged) {
         if self.sums.len() >= OWNERS_MAX && !self.sums.contains_key(&charged.owner) {
@@ -76,27 +79,30 @@ impl Charges {
     }
 }
 
-/// Shows every extent that somebody is charged for, in order of addresses.
+/// Shows every extent that somebody is charged for, in order of addresses; returns how many extents of each owner are too
+/// old for it.
 pub(super) fn for_each(
     filesystem: &Filesystem<'_>,
     enabled: u64,
     report: &mut Report,
     visit: &mut dyn FnMut(Charged),
-) -> Result<()> {
+) -> Result<OlderOwners> {
+    let mut older = OlderOwners::new();
     let root = filesystem.root(object::EXTENT_TREE)?;
     tree::for_each(filesystem, root, report, &mut |key, body, report| {
         if !matches!(key.kind, item::EXTENT | item::METADATA) {
             return Ok(());
         }
         match parse(key, body, filesystem.node_size().into()) {
-            Ok(extent) => charge(filesystem, &extent, enabled, report, visit),
+            Ok(extent) => charge(filesystem, &extent, enabled, report, &mut older, visit),
             Err(reason) => {
                 let message = format!("item {key} of the extent tree: {reason}");
                 report.find(Finding::new(Kind::BadItem, None, message));
             }
         }
         Ok(())
-    })
+    })?;
+    Ok(older)
 }
 
 /// An item of the extent tree.
@@ -115,9 +121,15 @@ fn charge(
     extent: &Extent,
     enabled: u64,
     report: &mut Report,
+    older: &mut OlderOwners,
     visit: &mut dyn FnMut(Charged),
 ) {
     if extent.generation < enabled {
+        if let Some(owner) = extent.owner.filter(|owner| is_subvolume(*owner))
+            && (older.len() < OWNERS_MAX || older.contains_key(&owner))
+        {
+            *older.entry(owner).or_default() += 1;
+        }
         report.counts.older_extents += 1;
         report.counts.older_bytes = report.counts.older_bytes.saturating_add(extent.length);
         return;

@@ -51,10 +51,19 @@ pub fn verify(devices: &[Device<'_>]) -> Result<Report> {
         return Ok(report);
     }
     let mut charges = Charges::default();
-    charge::for_each(&filesystem, quota.enable_generation().unwrap_or(0), &mut report, &mut |charged| {
-        charges.add(&charged);
-    })?;
+    let older =
+        charge::for_each(&filesystem, quota.enable_generation().unwrap_or(0), &mut report, &mut |charged| {
+            charges.add(&charged);
+        })?;
     report.verified = true;
+    let orphans = older.iter().filter(|(owner, _)| !quota.infos.contains_key(&GroupId::from_raw(**owner)));
+    match orphans.map(|(_, extents)| extents).sum::<u64>() {
+        0 => {}
+        count => report.notes.push(format!(
+            "{count} extents were written by deleted subvolumes while quotas were on before: kernels before 7.1 turn the \
+             filesystem read-only when a balance moves one of them (there is no group to charge); do not balance on such"
+        )),
+    }
     hierarchy::compare(
         &quota,
         &charges,
