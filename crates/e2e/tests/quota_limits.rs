@@ -40,7 +40,10 @@ fn subvolume(filesystem: &Filesystem, path: &str) -> GroupId {
 
 /// Writes MiB by MiB until it fails: how many bytes were written, and the error.
 fn fill(path: &Path, most: u64) -> (u64, Option<io::Error>) {
-    let mut file = File::create(path).unwrap();
+    let mut file = match File::create(path) {
+        Ok(file) => file,
+        Err(error) => return (0, Some(error)),
+    };
     let mut written = 0;
     let chunk = vec![5; MIB as usize];
     while written < most {
@@ -100,6 +103,12 @@ fn a_limit_below_what_is_used_is_set_and_said() {
     assert_eq!(usage(&path, false).unwrap().unwrap().free_bytes, Some(0));
     assert_eq!(fill(&filesystem.path("a/b"), MIB).1.unwrap().raw_os_error(), Some(EDQUOT));
     assert_eq!(std::fs::read(&file).unwrap().len() as u64, 10 * MIB, "what is there stays");
+    // Nearly all of it is gone over the limit, so one can get back under it.
+    std::fs::write(filesystem.path("small"), "elsewhere").unwrap();
+    std::fs::remove_file(&file).unwrap();
+    filesystem.sync();
+    assert_eq!(fill(&file, 2 * MIB).0, 2 * MIB);
+    assert!(set(&path, "1MiB").over_limit);
     // Quotas go off over the limit as they do under it.
     assert!(disable(&filesystem.root()).unwrap());
     assert_eq!(fill(&filesystem.path("a/b"), 20 * MIB).0, 20 * MIB);
@@ -110,6 +119,49 @@ fn a_limit_below_what_is_used_is_set_and_said() {
     let shown = usage(&path, true).unwrap().unwrap();
     assert_eq!((shown.limit_referenced_bytes, shown.referenced_bytes < MIB), (None, true), "{shown:?}");
     assert!(filesystem.verify().is_clean());
+}
+
+/// Newer kernels count the change of a limit against the subvolume that it is asked through.
+#[test]
+fn a_limit_is_raised_from_within_a_full_subvolume() {
+    let filesystem = simple(1 << 30);
+    let group = subvolume(&filesystem, "a");
+    let path = filesystem.path("a");
+    set(&path, "64KiB");
+    for index in 0..1000 {
+        if std::fs::write(path.join(format!("file{index}")), [1; 4096]).is_err() {
+            break;
+        }
+    }
+    filesystem.sync();
+    assert_eq!(set(&path, "0").limit_bytes, Some(0));
+    assert_eq!(std::fs::write(path.join("more"), "x").unwrap_err().raw_os_error(), Some(EDQUOT));
+    let tenant = GroupId::new(1, 1).unwrap();
+    create_group(&path, tenant).unwrap();
+    assign(&path, group, tenant).unwrap();
+    limit(&path, &Target::Group(tenant), Limit::Absolute(64 * MIB), LimitKind::Referenced).unwrap();
+    unassign(&path, group, tenant).unwrap();
+    remove_group(&path, tenant).unwrap();
+    set(&path, "8MiB");
+    std::fs::write(path.join("more"), "x").unwrap();
+    assert!(filesystem.verify().is_clean());
+}
+
+/// What docs/quotas.md says of a balance.
+#[test]
+fn a_balance_charges_tree_blocks_that_were_free_and_data_not() {
+    let filesystem = Filesystem::new(1, 2 << 30, &[]);
+    subvolume(&filesystem, "a");
+    fill(&filesystem.path("a/file"), 4 * MIB);
+    enable(&filesystem.root(), Mode::Simple).unwrap();
+    assert_eq!(usage(&filesystem.path("a"), true).unwrap().unwrap().referenced_bytes, 0);
+    must(Command::new("btrfs").args(["balance", "start", "--full-balance"]).arg(filesystem.root()));
+    let charged = usage(&filesystem.path("a"), true).unwrap().unwrap().referenced_bytes;
+    assert!((16 << 10..MIB).contains(&charged), "{charged}");
+    let report = filesystem.verify();
+    assert!(report.is_clean(), "{:?}", report.findings);
+    let group = report.groups.iter().find(|report| report.group == filesystem.group("a")).unwrap();
+    assert_eq!(group.data_bytes, 0);
 }
 
 #[test]

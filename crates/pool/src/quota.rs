@@ -12,6 +12,7 @@ mod error;
 mod limit;
 mod live;
 mod show;
+mod top_level;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -128,7 +129,8 @@ pub fn create_group(path: &Path, group: GroupId) -> Result<()> {
     if group.level() == 0 {
         return Err(Error::LevelZero(group));
     }
-    kernel(path, quota::create_group(&root, group.raw())).map_err(|error| match error.errno() {
+    let created = top_level::at_limit_too(path, &root, |root| quota::create_group(root, group.raw()));
+    created.map_err(|error| match error.errno() {
         Some(rustix::io::Errno::EXIST) => Error::GroupExists(group),
         _ => error,
     })
@@ -140,7 +142,8 @@ pub fn create_group(path: &Path, group: GroupId) -> Result<()> {
 /// There is none; it is in use.
 pub fn remove_group(path: &Path, group: GroupId) -> Result<()> {
     let root = enabled(path)?;
-    kernel(path, quota::remove_group(&root, group.raw())).map_err(|error| about(error, group))
+    let removed = top_level::at_limit_too(path, &root, |root| quota::remove_group(root, group.raw()));
+    removed.map_err(|error| about(error, group))
 }
 
 /// Makes `member` a member of `group`. One that is one already stays so.
@@ -152,7 +155,9 @@ pub fn assign(path: &Path, member: GroupId, group: GroupId) -> Result<()> {
     if member.level() >= group.level() {
         return Err(Error::LevelsFall { member, group });
     }
-    match kernel(path, quota::assign_group(&root, member.raw(), group.raw())) {
+    let assigned =
+        top_level::at_limit_too(path, &root, |root| quota::assign_group(root, member.raw(), group.raw()));
+    match assigned {
         Err(error) if error.errno() == Some(rustix::io::Errno::EXIST) => Ok(()),
         // The kernel says EINVAL for a group that is not there.
         Err(error) if error.errno() == Some(rustix::io::Errno::INVAL) => {
@@ -171,7 +176,9 @@ pub fn assign(path: &Path, member: GroupId, group: GroupId) -> Result<()> {
 /// Quotas are off.
 pub fn unassign(path: &Path, member: GroupId, group: GroupId) -> Result<()> {
     let root = enabled(path)?;
-    match kernel(path, quota::unassign_group(&root, member.raw(), group.raw())) {
+    let ended =
+        top_level::at_limit_too(path, &root, |root| quota::unassign_group(root, member.raw(), group.raw()));
+    match ended {
         Err(error) if error.errno() == Some(rustix::io::Errno::NOENT) => Ok(()),
         result => result,
     }

@@ -1,6 +1,7 @@
 //! Limits: of subvolumes, of groups, and of containers with all that they make.
 
 use std::fmt;
+use std::fs::File;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -10,7 +11,8 @@ use serde::Serialize;
 
 use super::error::{Error, Result};
 use super::{
-    GroupId, about, assign, create_group, enabled, kernel, remove_group, status, subvolume, unassign,
+    GroupId, about, assign, create_group, enabled, kernel, remove_group, status, subvolume, top_level,
+    unassign,
 };
 
 /// Limits are below this, in bytes: the kernel's counts are signed where it compares them.
@@ -132,14 +134,14 @@ pub fn limit(path: &Path, target: &Target, limit: Limit, kind: LimitKind) -> Res
         LimitKind::Referenced => (Some(limit_bytes), None),
         LimitKind::Exclusive => (None, Some(limit_bytes)),
     };
-    kernel(path, quota::limit_group(&root, group.raw(), referenced, exclusive))
-        .map_err(|error| about(error, group))?;
+    let set = |root: &File| quota::limit_group(root, group.raw(), referenced, exclusive);
+    top_level::at_limit_too(path, &root, set).map_err(|error| about(error, group))?;
     let over_limit = limit_bytes.is_some_and(|limit| used_bytes > limit);
     Ok(LimitOutcome { group, kind, limit_bytes, used_bytes, over_limit })
 }
 
 /// On a filesystem that is mounted read-only everything is written down.
-fn is_read_only(root: &std::fs::File) -> bool {
+fn is_read_only(root: &File) -> bool {
     rustix::fs::fstatvfs(root)
         .is_ok_and(|statvfs| statvfs.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
 }
@@ -152,17 +154,18 @@ fn is_read_only(root: &std::fs::File) -> bool {
 pub fn contain(path: &Path, limit: Limit) -> Result<LimitOutcome> {
     let (root, member) = subvolume(path)?;
     let group = group_of(member);
-    match create_group(path, group) {
-        Err(Error::GroupExists(_)) => {
-            let groups = kernel(path, quota::list_groups(&root))?;
-            let mut members = groups.iter().filter(|other| other.parents.contains(&group.raw()));
-            if members.clone().next().is_some() && !members.any(|other| other.id == member.raw()) {
-                return Err(Error::GroupExists(group));
-            }
-        }
-        result => result?,
+    let groups = kernel(path, quota::list_groups(&root))?;
+    let is_member = |other: &quota::Qgroup| other.parents.contains(&group.raw());
+    let mut members = groups.iter().filter(|other| is_member(other)).peekable();
+    if members.peek().is_some() && !members.any(|other| other.id == member.raw()) {
+        return Err(Error::GroupExists(group));
     }
-    assign(path, member, group)?;
+    if !groups.iter().any(|other| other.id == group.raw()) {
+        create_group(path, group)?;
+    }
+    if !groups.iter().any(|other| other.id == member.raw() && is_member(other)) {
+        assign(path, member, group)?;
+    }
     self::limit(path, &Target::Group(group), limit, LimitKind::Referenced)
 }
 
