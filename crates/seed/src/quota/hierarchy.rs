@@ -204,3 +204,84 @@ pub(super) fn members(quota: &QuotaTree, group: GroupId) -> BTreeSet<u64> {
     }
     found.into_iter().filter(|group| group.level() == 0).map(GroupId::number).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::charge::Charged;
+    use super::*;
+
+    const NODE_SIZE: u64 = 16384;
+
+    fn group(level: u16, number: u64) -> GroupId {
+        GroupId::new(level, number).expect("48 bits")
+    }
+
+    /// Subvolumes 256 and 257, charged 1 MiB and 2 MiB of data; what `groups` say they have; and who is in whom.
+    fn report(groups: &[(GroupId, u64)], memberships: &[(GroupId, GroupId)]) -> Report {
+        let mut quota = QuotaTree::default();
+        quota.infos = groups.iter().map(|&(group, bytes)| (group, (bytes, bytes))).collect();
+        quota.memberships = memberships.iter().copied().collect();
+        let mut charges = Charges::default();
+        for (owner, length) in [(256, 1 << 20), (257, 2 << 20)] {
+            let generation = 9;
+            charges.add(&Charged { bytenr: 0, length, generation, owner, is_tree: false, is_first: false });
+        }
+        let mut report = Report::new(10);
+        let subvolumes = BTreeMap::from([(256, false), (257, false)]);
+        compare(&quota, &charges, &subvolumes, NODE_SIZE, &mut report);
+        report
+    }
+
+    fn own() -> [(GroupId, u64); 2] {
+        [(group(0, 256), 1 << 20), (group(0, 257), 2 << 20)]
+    }
+
+    #[test]
+    fn groups_are_the_sums_of_what_is_below_them() {
+        let (pair, outer, empty) = (group(1, 1), group(3, 1), group(1, 2));
+        let mut groups = own().to_vec();
+        groups.extend([(pair, 3 << 20), (outer, 3 << 20), (empty, 0)]);
+        let memberships = [(group(0, 256), pair), (group(0, 257), pair), (pair, outer)];
+        let clean = report(&groups, &memberships);
+        assert!(clean.is_clean() && clean.notes.is_empty(), "{clean:?}");
+        // Without one of the memberships the sums are too high, by a megabyte that no known fault explains.
+        let wrong = report(&groups, &memberships[1..]);
+        let found: Vec<_> =
+            wrong.findings.iter().map(|finding| (finding.group, finding.difference_bytes)).collect();
+        assert_eq!(found, [(Some(pair), Some(1 << 20)), (Some(outer), Some(1 << 20))]);
+    }
+
+    #[test]
+    fn one_tree_block_too_many_for_a_snapshot_is_recognised() {
+        let pair = group(1, 1);
+        let mut groups = own().to_vec();
+        groups.push((pair, (1 << 20) + NODE_SIZE));
+        let report = report(&groups, &[(group(0, 256), pair)]);
+        assert_eq!(report.findings.len(), 1);
+        assert_eq!(report.findings[0].cause, Some(Cause::SnapshotOfMember));
+    }
+
+    #[test]
+    fn what_is_reached_by_two_ways_is_named_and_not_compared() {
+        let (left, right, top, above) = (group(1, 1), group(1, 2), group(2, 1), group(3, 1));
+        let mut groups = own().to_vec();
+        groups.extend([(left, 1 << 20), (right, 1 << 20), (top, 2 << 20), (above, 2 << 20)]);
+        let member = group(0, 256);
+        let ways = [(member, left), (member, right), (left, top), (right, top), (top, above)];
+        let report = report(&groups, &ways);
+        assert!(report.is_clean(), "{:?}", report.findings);
+        assert!(report.notes.len() == 2 && report.notes[0].contains("2/1"), "{:?}", report.notes);
+    }
+
+    #[test]
+    fn members_are_found_through_all_levels() {
+        let mut quota = QuotaTree::default();
+        quota.memberships = BTreeSet::from([
+            (group(0, 256), group(1, 1)),
+            (group(1, 1), group(2, 1)),
+            (group(0, 257), group(2, 1)),
+        ]);
+        assert_eq!(members(&quota, group(2, 1)), BTreeSet::from([256, 257]));
+        assert_eq!(members(&quota, group(0, 300)), BTreeSet::from([300]));
+    }
+}
