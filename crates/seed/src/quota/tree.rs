@@ -186,3 +186,45 @@ pub(super) fn for_each(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn a_membership_must_be_there_from_both_sides() {
+        let (member, group) = (256, 1 << 48 | 1);
+        let forward = Key::new(member, item::QGROUP_RELATION, group);
+        let reverse = Key::new(group, item::QGROUP_RELATION, member);
+        for (relations, faults) in [(vec![forward, reverse], 0), (vec![forward], 1), (vec![reverse], 1)] {
+            let mut tree = QuotaTree::default();
+            for id in [member, group] {
+                tree.item(Key::new(0, item::QGROUP_INFO, id), &words(&[0; 5])).expect("usage");
+                tree.item(Key::new(0, item::QGROUP_LIMIT, id), &words(&[0; 5])).expect("limits");
+            }
+            for key in relations {
+                tree.item(key, &[]).expect("a relation");
+            }
+            let mut report = Report::new(1);
+            tree.check(&mut report);
+            assert_eq!(report.findings.len(), faults, "{:?}", report.findings);
+        }
+    }
+
+    #[test]
+    fn items_that_make_no_sense_are_refused() {
+        let mut tree = QuotaTree::default();
+        let mut refuse = |key: Key, body: &[u8]| assert!(tree.item(key, body).is_err(), "{key}");
+        refuse(Key::new(256, item::QGROUP_RELATION, 257), &[]);
+        refuse(Key::new(1, item::QGROUP_INFO, 256), &words(&[0; 5]));
+        refuse(Key::new(0, item::QGROUP_INFO, 256), &words(&[0; 4]));
+        refuse(Key::new(0, item::QGROUP_LIMIT, 256), &[]);
+        refuse(Key::new(0, item::QGROUP_STATUS, 0), &words(&[2, 0, 1, 0, 0]));
+        refuse(Key::new(0, item::QGROUP_STATUS, 0), &words(&[1, 0, 1]));
+        refuse(Key::new(0, 1, 0), &[]);
+    }
+}
