@@ -84,7 +84,10 @@ impl Filesystem {
 
     pub fn unmount(&mut self) {
         must(Command::new("umount").arg(self.root()));
-        self.mount.take().map(std::mem::forget);
+        // Its drop would unmount once more.
+        if let Some(mount) = self.mount.take() {
+            std::mem::forget(mount);
+        }
     }
 
     pub fn sync(&self) {
