@@ -1,6 +1,7 @@
 //! The command line, as `--help` shows it.
 
 pub(crate) mod devices;
+pub(crate) mod quota;
 
 use std::path::PathBuf;
 
@@ -93,6 +94,10 @@ pub(crate) enum Command {
         name: String,
         /// The image.
         image: String,
+        /// Most bytes that it may write, data and metadata, with all subvolumes that it makes; then EDQUOT. What it
+        /// reads of its image is free.
+        #[arg(long, value_name = "SIZE", value_parser = quota_size)]
+        quota: Option<u64>,
     },
     /// Run a program in a new container of an image, by runc or crun; exits as the program does.
     Run(Run),
@@ -131,6 +136,11 @@ pub(crate) enum Command {
     Seed {
         #[command(subcommand)]
         command: Seed,
+    },
+    /// Who pays for what was written: simple quotas, on any btrfs.
+    Quota {
+        #[command(subcommand)]
+        command: quota::Quota,
     },
     /// Serve devices by NBD, the network block device protocol: to qemu, libvirt, nbd-client, nbdcopy, loam copy.
     Serve(Box<devices::ServeDevice>),
@@ -251,6 +261,40 @@ pub(crate) struct Init {
     /// Most bytes that the chunk cache may hold.
     #[arg(long, value_name = "SIZE", default_value = "32GiB")]
     pub(crate) cache_size: ByteSize,
+    /// Count what each container writes, so that `create --quota` can limit it (simple quotas). Kernels before 6.7 do not
+    /// mount a pool that was made with them; loam quota enable and disable change it later.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) quota: QuotaArgument,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum QuotaArgument {
+    /// Where this kernel has them.
+    #[default]
+    Auto,
+    /// In any case.
+    On,
+    /// Not.
+    Off,
+}
+
+impl From<QuotaArgument> for loam_pool::QuotaChoice {
+    fn from(quota: QuotaArgument) -> Self {
+        match quota {
+            QuotaArgument::Auto => loam_pool::QuotaChoice::Auto,
+            QuotaArgument::On => loam_pool::QuotaChoice::On,
+            QuotaArgument::Off => loam_pool::QuotaChoice::Off,
+        }
+    }
+}
+
+/// A size that can be a limit.
+fn quota_size(text: &str) -> Result<u64, String> {
+    match text.parse::<loam_pool::quota::Limit>() {
+        Ok(loam_pool::quota::Limit::Absolute(bytes)) => Ok(bytes),
+        Ok(_) => Err("write a size, as 2GiB; loam quota limit changes it later".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -297,6 +341,9 @@ pub(crate) struct Run {
     /// The container's name [default: made up].
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Most bytes that it may write, as of loam create.
+    #[arg(long, value_name = "SIZE", value_parser = quota_size)]
+    pub(crate) quota: Option<u64>,
     /// Keep the container when the program has ended.
     #[arg(long)]
     pub(crate) keep: bool,

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::directory::remove_if_there;
 use crate::error::{Context, Error, Result};
 use crate::protocol::Lazy;
+use crate::quota;
 
 /// The xattr that holds a record.
 const RECORD: &str = "trusted.loam";
@@ -113,6 +114,11 @@ impl Catalog {
         fs::set_permissions(&private, fs::Permissions::from_mode(0o700))
             .step(|| format!("closing {}", private.display()))?;
         Ok(catalog)
+    }
+
+    /// Where the pool is mounted.
+    pub(crate) fn mount(&self) -> &Path {
+        &self.mount
     }
 
     /// Bytes of the virtual region.
@@ -294,27 +300,54 @@ pub fn check_name(name: &str) -> Result<()> {
     Err(Error::invalid(format!("name {name:?}"), rule))
 }
 
-/// Deletes a subvolume and every subvolume that was made inside it, innermost first. A path that is not there is no
-/// error.
+/// Deletes a subvolume and every subvolume that was made inside it, innermost first, and the quota group that contains
+/// them. A path that is not there is no error.
 pub(crate) fn remove_subvolume(path: &Path) -> Result<()> {
     let what = || format!("deleting subvolume {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     if !path.exists() {
         return Ok(());
     }
-    let parent = File::open(parent).step(what)?;
     let root = File::open(path).step(what)?;
     let mut doomed = vec![btrfs::subvolume_info(&root).step(what)?.id];
+    // First, so that a crash leaves a subvolume, which is found again, and not a group. And a full one would keep what was
+    // made in it from being deleted.
+    if let Err(error) = quota::release(parent, doomed[0]) {
+        tracing::warn!("releasing the quota of {}: {error}", path.display());
+    }
+    let parent = File::open(parent).step(what)?;
     let mut next = 0;
     while let Some(&id) = doomed.get(next) {
         doomed.extend(nested(&root, id).step(what)?);
         next += 1;
     }
     for &id in doomed[1..].iter().rev() {
-        btrfs::delete_subvolume_by_id(&root, id).step(what)?;
+        at_limit_too(path, || btrfs::delete_subvolume_by_id(&root, id)).step(what)?;
     }
     drop(root);
-    btrfs::delete_subvolume(&parent, name).step(what)
+    at_limit_too(path, || btrfs::delete_subvolume(&parent, name)).step(what)
+}
+
+/// To delete a subvolume takes room under the quota of the one around it; where there is none, deleting its files, which
+/// takes none, makes some.
+fn at_limit_too(doomed: &Path, delete: impl Fn() -> loam_sys::Result<()>) -> loam_sys::Result<()> {
+    match delete() {
+        Err(error) if error.errno() == Some(rustix::io::Errno::DQUOT.raw_os_error()) => {
+            empty(doomed);
+            File::open(doomed).map_or(Ok(()), btrfs::sync)?;
+            delete()
+        }
+        result => result,
+    }
+}
+
+/// Deletes what can be deleted of a directory's contents.
+fn empty(directory: &Path) {
+    for path in children(directory).unwrap_or_default() {
+        if fs::remove_file(&path).is_err() {
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
 }
 
 /// The subvolumes directly inside subvolume `id`: its `ROOT_REF` items in the tree of roots.

@@ -1,4 +1,4 @@
-//! `loam check`: seed, map, cache, and every file of every image against the map. With the pool up, the kernel is asked
+//! `loam check`: seed, map, cache, quota sums, and every file of every image against the map. With the pool up, the kernel is asked
 //! where it has put the files; with the pool down, the seed is read back.
 
 use std::fs::{self, File};
@@ -22,6 +22,7 @@ use crate::indexes;
 use crate::kernel;
 use crate::launch::hold_down;
 use crate::protocol::{Checked, Finding};
+use crate::quota;
 
 /// Findings of one kind that are listed; the rest is only counted.
 const FINDINGS_MAX: usize = 1000;
@@ -51,6 +52,8 @@ pub async fn check(directory: &PoolDirectory, options: &CheckOptions) -> Result<
 async fn offline(directory: &PoolDirectory, config: &Config, options: &CheckOptions) -> Result<Checked> {
     let mut checked = Checked::default();
     seed(directory, config, &mut checked)?;
+    let (LocalDevice::File(local) | LocalDevice::Block(local)) = &config.local;
+    quotas(&[directory.virtual_image(), local.clone()], &mut checked);
     let skipped = "the pool is down: the kernel cannot be asked; loam up, then check again";
     checked.skipped.insert("clones".to_owned(), skipped.to_owned());
     // Opening the map reads and checks all of it.
@@ -89,6 +92,24 @@ fn seed(directory: &PoolDirectory, config: &Config, checked: &mut Checked) -> Re
         Err(error) => checked.find("seed", error.to_string()),
     }
     Ok(())
+}
+
+/// Compares what is charged to quota groups with what must be, from the trees on the devices.
+pub(crate) fn quotas(devices: &[PathBuf], checked: &mut Checked) {
+    match quota::Source::open(devices).and_then(|source| quota::verify(&source)) {
+        Ok(report) if report.verified => {
+            checked.count("quota groups", report.groups.len() as u64);
+            report.findings.iter().for_each(|finding| checked.find("quota", finding.to_string()));
+        }
+        Ok(report) if report.findings.is_empty() => {
+            checked.skipped.insert("quota".to_owned(), "simple quotas are not on".to_owned());
+        }
+        Ok(report) => report.findings.iter().for_each(|finding| checked.find("quota", finding.to_string())),
+        // It was written to all the time, or is damaged, which the seed's part says.
+        Err(error) => {
+            checked.skipped.insert("quota".to_owned(), error.to_string());
+        }
+    }
 }
 
 /// Checks the map's contents: descriptions, indexes, and with `read_data` every cached block.

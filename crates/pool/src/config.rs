@@ -118,6 +118,9 @@ pub struct Config {
     /// Purpose `mount`: the source as the user wrote it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// Formatted with simple quotas on. Whether they are on now, the filesystem says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub simple_quota: bool,
 }
 
 /// Read first, so that a newer format is named as such whatever else has changed.
@@ -205,6 +208,7 @@ mod tests {
             cache_limit: 1 << 30,
             mount_point: Some("/mnt/a b".into()),
             source: None,
+            simple_quota: true,
         }
     }
 

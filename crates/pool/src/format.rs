@@ -29,6 +29,46 @@ pub struct InitOptions {
     pub local_device: Option<PathBuf>,
     /// Most bytes that the chunk cache may hold.
     pub cache_limit: u64,
+    /// Whether it is formatted with simple quotas on.
+    pub quota: QuotaChoice,
+}
+
+/// Whether a pool is formatted with simple quotas on. With them, kernels before 6.7 do not mount it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QuotaChoice {
+    /// Where the running kernel has them.
+    #[default]
+    Auto,
+    /// In any case.
+    On,
+    /// Not; they can be enabled later.
+    Off,
+}
+
+impl QuotaChoice {
+    fn is_on(self, layout: Layout) -> Result<bool> {
+        match (self, layout) {
+            (QuotaChoice::On, Layout::MegaExtent) => Err(Error::invalid(
+                "--quota on",
+                "layout mega-extent is for kernels before 6.4, which have no simple quotas",
+            )),
+            (QuotaChoice::Off, _) | (QuotaChoice::Auto, Layout::MegaExtent) => Ok(false),
+            (QuotaChoice::On, _) => Ok(true),
+            (QuotaChoice::Auto, _) => Ok(has_simple_quotas(&kernel_release())),
+        }
+    }
+}
+
+/// The running kernel's release, as `uname -r` prints it.
+pub(crate) fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// Whether a kernel of this release has simple quotas.
+pub(crate) fn has_simple_quotas(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (6, 7)
 }
 
 /// What was made.
@@ -43,6 +83,8 @@ pub struct Made {
     pub virtual_size: u64,
     /// Bytes of the local device.
     pub local_size: u64,
+    /// Whether simple quotas are on.
+    pub simple_quota: bool,
     /// How long it took.
     pub elapsed_ns: u64,
 }
@@ -73,6 +115,7 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         cache_limit: options.cache_limit,
         mount_point: None,
         source: None,
+        simple_quota: options.quota.is_on(options.layout)?,
     };
     format_filesystem(directory, &config, [0; 32], &[])?;
     make_map(directory, config.virtual_size)?;
@@ -82,6 +125,7 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         layout: config.layout,
         virtual_size: config.virtual_size,
         local_size,
+        simple_quota: config.simple_quota,
         elapsed_ns: started.elapsed().as_nanos() as u64,
     })
 }
@@ -172,6 +216,7 @@ pub(crate) fn seed_options(
         layout: config.layout,
         virtual_size: config.virtual_size,
         local_size: config.local_size,
+        simple_quota: config.simple_quota,
         content_digest,
         seed_identity: config.seed_identity_bytes(directory)?,
         ..seed_defaults(config.identity_bytes(directory)?)
@@ -267,4 +312,31 @@ pub(crate) fn random_identity() -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("loam 2026 pool identity");
     hasher.update(one.as_bytes()).update(two.as_bytes());
     *hasher.finalize().as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_with_simple_quotas_are_known_by_their_release() {
+        for (release, has) in [
+            ("6.7.0", true),
+            ("6.6.99-rt", false),
+            ("6.12-rc1", true),
+            ("7.2.0", true),
+            ("5.15", false),
+            ("", false),
+        ] {
+            assert_eq!(has_simple_quotas(release), has, "{release}");
+        }
+    }
+
+    #[test]
+    fn quotas_are_never_formatted_where_they_cannot_be() {
+        assert!(QuotaChoice::On.is_on(Layout::MegaExtent).is_err());
+        assert!(!QuotaChoice::Auto.is_on(Layout::MegaExtent).unwrap());
+        assert!(QuotaChoice::On.is_on(Layout::Pair).unwrap());
+        assert!(!QuotaChoice::Off.is_on(Layout::Pair).unwrap());
+    }
 }

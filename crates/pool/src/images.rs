@@ -14,7 +14,9 @@ use loam_image::{Index, SourceSpec};
 use loam_sys::btrfs;
 use rustix::fs::IFlags;
 
+use crate::accounts::Accounts;
 use crate::catalog::{Catalog, ImageRecord, Kind, remove_subvolume};
+use crate::containers::account_of;
 use crate::content::{ContentSpec, place};
 use crate::daemon::Pool;
 use crate::error::{Context, Error, Result};
@@ -61,7 +63,8 @@ pub(crate) async fn add(pool: &Arc<Pool>, request: &AddRequest, watch: Arc<dyn W
     let (worker, name) = (pool.clone(), request.name.clone());
     let record = tokio::task::spawn_blocking(move || create_subvolume(&worker, &name, &index, record, watch))
         .await
-        .step(|| format!("creating the files of {}", request.name))??;
+        .step(|| format!("creating the files of {}", request.name))?
+        .map_err(|error| explain_quota(pool, error))?;
     Ok(Added {
         name: request.name.clone(),
         source: record.source,
@@ -74,6 +77,18 @@ pub(crate) async fn add(pool: &Arc<Pool>, request: &AddRequest, watch: Arc<dyn W
         create_ns: creating.elapsed().as_nanos() as u64,
         elapsed_ns: started.elapsed().as_nanos() as u64,
     })
+}
+
+/// The kernel says nothing of whose quota it was.
+fn explain_quota(pool: &Pool, error: Error) -> Error {
+    let quota_exceeded = std::io::Error::from(rustix::io::Errno::DQUOT).to_string();
+    if !error.chain().contains(&quota_exceeded) {
+        return error;
+    }
+    error.with_hint(format!(
+        "the pool's top level, or a group that it is in, is at its limit: loam quota show {}",
+        pool.mount().display()
+    ))
 }
 
 /// Makes index and range durable, and gives what was read on the way its place in the cache.
@@ -172,12 +187,15 @@ fn staging_in(root: &Path) -> Result<File> {
 }
 
 /// What a list says of an image.
-pub(crate) fn status(pool: &Pool, name: &str) -> Result<ImageStatus> {
+pub(crate) fn status(pool: &Pool, name: &str, accounts: Option<&Accounts>) -> Result<ImageStatus> {
     let catalog = pool.catalog()?;
     let record: ImageRecord = catalog.read(Kind::Image, name)?;
+    let path = catalog.subvolume(Kind::Image, name);
+    let account = accounts.map(|accounts| account_of(accounts, &path)).transpose()?.flatten();
     Ok(ImageStatus {
         name: name.to_owned(),
-        path: catalog.subvolume(Kind::Image, name),
+        path,
+        metadata_bytes: account.map(|account| account.charged_bytes),
         files: record.files,
         bytes: record.bytes,
         local_bytes: pool.local_bytes(record.content)?,

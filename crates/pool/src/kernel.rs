@@ -13,6 +13,7 @@ use loam_sys::mount::{self, MountFlags};
 
 use crate::config::{Config, Purpose};
 use crate::error::{Context, Error, Result};
+use crate::format::{has_simple_quotas, kernel_release};
 
 /// The subvolume that `loam mount` shows.
 pub(crate) const IMAGE_SUBVOLUME: &str = "image";
@@ -106,6 +107,12 @@ fn add_and_remount(local_device: &Path, mount_point: &Path) -> Result<()> {
 
 fn explain_mount(config: &Config, mount_point: &Path, error: loam_sys::Error) -> Error {
     let failed = Error::step(format!("mounting on {}", mount_point.display()), error);
+    let release = kernel_release();
+    if config.simple_quota && !has_simple_quotas(&release) {
+        return failed.with_hint(format!(
+            "the pool was made with quotas (loam init --quota), which Linux {release} does not know; 6.7 and newer do"
+        ));
+    }
     match config.layout.kernel_limit(config.virtual_size) {
         Some(limit) => failed.with_hint(limit),
         None => {

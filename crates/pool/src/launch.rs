@@ -361,6 +361,7 @@ pub async fn status(directory: &PoolDirectory) -> Result<Status> {
             mapped_bytes: map.mapped_bytes,
         },
         cache: CacheStatus { limit: config.cache_limit, ..CacheStatus::default() },
+        quota: None,
         images: Vec::new(),
         containers: Vec::new(),
         errors: BTreeMap::new(),

@@ -8,6 +8,7 @@
 //! socket (`client`, `protocol`). What must also work when the daemon is dead (taking down what it
 //! left, offline checks) lives in library functions that both call.
 
+mod accounts;
 mod apart;
 mod bundle;
 mod busy;
@@ -47,7 +48,7 @@ pub use config::{Config, EngineChoice, LocalDevice, Purpose, TransportChoice, Un
 pub use daemon::daemon_main;
 pub use directory::PoolDirectory;
 pub use error::{Error, Result};
-pub use format::{InitOptions, Made, init, seed_without_pool};
+pub use format::{InitOptions, Made, QuotaChoice, init, seed_without_pool};
 pub use indexes::{
     IndexMade, IndexOptions, Watch, absolute_bytes, absolute_location, absolute_source, make_index,
 };

@@ -265,6 +265,7 @@ fn format(
         cache_limit: CACHE_BYTES,
         mount_point: Some(mount.to_owned()),
         source: Some(options.source.clone()),
+        simple_quota: false,
     };
     let subvolume = Subvolume { name: IMAGE_SUBVOLUME, tree: &tree, readonly: false };
     if kept.is_some() {

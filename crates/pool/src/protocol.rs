@@ -29,6 +29,9 @@ pub struct Status {
     pub r#virtual: VirtualStatus,
     /// The chunk cache.
     pub cache: CacheStatus,
+    /// How the filesystem counts what is written: "simple", "full", or "off"; absent when down.
+    #[serde(default)]
+    pub quota: Option<String>,
     /// Images, by name.
     pub images: Vec<ImageStatus>,
     /// Containers, by name.
@@ -93,6 +96,10 @@ pub struct ImageStatus {
     pub bytes: u64,
     /// Bytes of it that are in the cache.
     pub local_bytes: u64,
+    /// Bytes of tree blocks on the local device that its names, attributes and extent lists take; absent where quotas are
+    /// off.
+    #[serde(default)]
+    pub metadata_bytes: Option<u64>,
     /// `true`, or why its data cannot be fetched bit by bit.
     pub lazy: Lazy,
 }
@@ -106,9 +113,10 @@ pub struct ContainerStatus {
     pub image: String,
     /// Its subvolume.
     pub path: PathBuf,
-    /// Bytes of file data that were written to it and are on the local device.
+    /// Bytes on the local device that it is charged for: data and metadata that it, and subvolumes made in it, wrote. Where
+    /// quotas are off, or were when it was made: bytes of file data that were written to it.
     pub written_bytes: u64,
-    /// Most bytes that it may write; absent where there is no limit.
+    /// Most bytes that it may be charged; absent where there is no limit.
     pub limit_bytes: Option<u64>,
 }
 
@@ -133,6 +141,22 @@ pub struct Shown {
     pub local_bytes: u64,
     /// Of a container: bytes written to it.
     pub written_bytes: Option<u64>,
+    /// Of a container: most bytes that it may be charged.
+    #[serde(default)]
+    pub limit_bytes: Option<u64>,
+    /// Of a container with quotas: bytes that may still be charged to it, under its own limit and those of the groups that
+    /// it is in.
+    #[serde(default)]
+    pub free_bytes: Option<u64>,
+    /// Of a container: its quota group.
+    #[serde(default)]
+    pub quota_group: Option<String>,
+    /// Of a container that is at a limit: which one, what that means, and what to do.
+    #[serde(default)]
+    pub at_limit: Option<String>,
+    /// Bytes of the image's tree blocks on the local device; absent where quotas are off.
+    #[serde(default)]
+    pub metadata_bytes: Option<u64>,
     /// `true`, or why not.
     pub lazy: Lazy,
     /// The BLAKE3 digest of its index.
@@ -237,6 +261,9 @@ pub struct CreateRequest {
     pub image: String,
     /// The process that owns it: it is removed when that is gone and the pool comes up again.
     pub ephemeral_owner: Option<u32>,
+    /// Most bytes that it, and the subvolumes that are made in it, may be charged.
+    #[serde(default)]
+    pub quota_bytes: Option<u64>,
 }
 
 /// `POST /pin`.
@@ -323,7 +350,7 @@ pub struct Listing {
 /// One thing that `check` found wrong.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Finding {
-    /// "seed", "map", "cache", "clones".
+    /// "seed", "map", "cache", "clones", "quota".
     pub part: String,
     /// What is wrong, where.
     pub what: String,
@@ -360,6 +387,7 @@ mod tests {
             files: 3,
             bytes: 10,
             local_bytes: 4096,
+            metadata_bytes: Some(16384),
             lazy: Lazy::Yes(true),
         }
     }
@@ -388,6 +416,7 @@ mod tests {
             daemon: Some(DaemonStatus { pid: 7, uptime_ns: 8, restarts: 0 }),
             r#virtual: VirtualStatus { size: 4 << 60, ranges: 1, mapped_bytes: 4096 },
             cache: CacheStatus::default(),
+            quota: Some("simple".into()),
             images: vec![image()],
             containers: vec![container()],
             errors: BTreeMap::from([("changed".to_owned(), 0)]),
@@ -434,6 +463,11 @@ mod tests {
             bytes: 2,
             local_bytes: 3,
             written_bytes: None,
+            limit_bytes: None,
+            free_bytes: None,
+            quota_group: None,
+            at_limit: None,
+            metadata_bytes: None,
             lazy: Lazy::No("a compressed archive".into()),
             index: "00".into(),
             address: 0,

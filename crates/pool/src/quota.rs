@@ -22,9 +22,13 @@ use loam_sys::btrfs::{self, QuotaMode, quota};
 use serde::Serialize;
 
 pub use error::{Error, Result};
-pub use limit::{Limit, LimitKind, LimitOutcome, Target, contain, limit, release};
+pub use limit::{Limit, LimitKind, LimitOutcome, Target, contain, group_at, limit, release};
+pub(crate) use limit::{contain_new, group_of};
 pub use live::{Source, explain, verify};
-pub use loam_seed::quota::{ExplainOptions, Explanation, GroupId, Report};
+pub use loam_seed::quota::{
+    ExplainOptions, Explanation, GroupId, LargeExtent, Mode as TreeMode, Reference, Report, Standing,
+};
+pub(crate) use show::groups;
 pub use show::{Group, ROWS_MAX, Row, Shown, Usage, show, usage};
 
 /// `statfs`'s number of btrfs (BTRFS_SUPER_MAGIC).
@@ -192,14 +196,26 @@ pub fn unassign(path: &Path, member: GroupId, group: GroupId) -> Result<()> {
 pub fn remove_stale(path: &Path) -> Result<usize> {
     let root = enabled(path)?;
     kernel(path, btrfs::sync(&root))?;
-    let names = kernel(path, quota::subvolume_paths(&root))?;
-    let groups = kernel(path, quota::list_groups(&root))?;
+    remove_stale_of_commit(path, &root)
+}
+
+/// The same, without those whose charge has become nothing since the last commit; for who comes again.
+pub(crate) fn remove_stale_later(path: &Path) -> Result<usize> {
+    match enabled(path) {
+        Err(Error::Off(_)) => Ok(0),
+        root => remove_stale_of_commit(path, &root?),
+    }
+}
+
+fn remove_stale_of_commit(path: &Path, root: &File) -> Result<usize> {
+    let names = kernel(path, quota::subvolume_paths(root))?;
+    let groups = kernel(path, quota::list_groups(root))?;
     let stale = groups.iter().filter(|group| {
         let id = GroupId::from_raw(group.id);
         id.level() == 0 && !names.contains_key(&id.number()) && group.referenced == 0 && group.exclusive == 0
     });
     // Of one that is being deleted the kernel says that it is busy.
-    Ok(stale.filter(|group| quota::remove_group(&root, group.id).is_ok()).count())
+    Ok(stale.filter(|group| quota::remove_group(root, group.id).is_ok()).count())
 }
 
 fn open(path: &Path) -> Result<File> {

@@ -91,9 +91,14 @@ pub(crate) async fn add(
     })
 }
 
-pub(crate) async fn create(context: &Context, name: String, image: String) -> anyhow::Result<()> {
+pub(crate) async fn create(
+    context: &Context,
+    name: String,
+    image: String,
+    quota_bytes: Option<u64>,
+) -> anyhow::Result<()> {
     loam_pool::check_name(&name)?;
-    let request = CreateRequest { name, image, ephemeral_owner: None };
+    let request = CreateRequest { name, image, ephemeral_owner: None, quota_bytes };
     let made: ContainerStatus = context.client.post("/containers", &request).await?;
     output::print(context.json, &made, |made| made.path.display().to_string())
 }
@@ -106,6 +111,7 @@ pub(crate) async fn run(context: &Context, options: Run) -> anyhow::Result<ExitC
         name: name.clone(),
         image: options.image,
         ephemeral_owner: (!options.keep).then_some(pid),
+        quota_bytes: options.quota,
     };
     let container: ContainerStatus = context.client.post("/containers", &request).await?;
     let run = RunOptions {
@@ -127,24 +133,27 @@ pub(crate) async fn list(context: &Context) -> anyhow::Result<()> {
         let mut text = String::new();
         if !listing.images.is_empty() {
             let row = |image: &ImageStatus| {
-                let numbers = [image.files.to_string(), size(image.bytes), size(image.local_bytes)];
+                let metadata = image.metadata_bytes.map_or_else(|| "-".to_owned(), size);
+                let numbers = [image.files.to_string(), size(image.bytes), size(image.local_bytes), metadata];
                 [vec![image.name.clone()], numbers.to_vec(), vec![image.source.clone()]].concat()
             };
             let rows: Vec<_> = listing.images.iter().map(row).collect();
-            text.push_str(&output::table(&["IMAGE", "FILES", "SIZE", "LOCAL", "SOURCE"], &rows));
+            text.push_str(&output::table(&["IMAGE", "FILES", "SIZE", "LOCAL", "METADATA", "SOURCE"], &rows));
         }
         if !listing.containers.is_empty() {
             let row = |container: &ContainerStatus| {
                 let written = size(container.written_bytes);
+                let limit = container.limit_bytes.map_or_else(|| "-".to_owned(), size);
                 vec![
                     container.name.clone(),
                     container.image.clone(),
                     written,
+                    limit,
                     container.path.display().to_string(),
                 ]
             };
             let rows: Vec<_> = listing.containers.iter().map(row).collect();
-            text.push_str(&output::table(&["CONTAINER", "IMAGE", "WRITTEN", "PATH"], &rows));
+            text.push_str(&output::table(&["CONTAINER", "IMAGE", "WRITTEN", "LIMIT", "PATH"], &rows));
         }
         text
     })
@@ -167,6 +176,21 @@ pub(crate) async fn show(context: &Context, name: &str) -> anyhow::Result<()> {
         }
         if let Some(written) = shown.written_bytes {
             rows.push(("written", size(written)));
+        }
+        if let Some(limit) = shown.limit_bytes {
+            rows.push(("limit", size(limit)));
+        }
+        if let Some(free) = shown.free_bytes {
+            rows.push(("free", size(free)));
+        }
+        if let Some(group) = &shown.quota_group {
+            rows.push(("group", group.clone()));
+        }
+        if let Some(why) = &shown.at_limit {
+            rows.push(("at limit", why.clone()));
+        }
+        if let Some(metadata) = shown.metadata_bytes {
+            rows.push(("metadata", format!("{} (the image's own, on the local device)", size(metadata))));
         }
         rows.push((
             "lazy",

@@ -6,6 +6,7 @@ mod image;
 mod internal;
 mod mount;
 mod pool;
+mod quota;
 mod range;
 mod seed;
 mod serve;
@@ -35,6 +36,7 @@ pub(crate) fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Internal { command } => return internal::run(&context, command),
         Command::Bench(options) => return loam_bench::run(*options).map(|()| ExitCode::SUCCESS),
         Command::Seed { command } => return seed::run(&context, command).map(|()| ExitCode::SUCCESS),
+        Command::Quota { command } => return quota::run(&context, command),
         Command::Serve(options) => return on_all_processors(serve::run(&context, *options)),
         Command::Copy(options) => return on_all_processors(copy::run(&context, *options)),
         Command::Info(options) => return on_all_processors(device_info::info(&context, options)),
@@ -95,7 +97,7 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Add { name, source, index, prefetch } => {
             image::add(context, name, source, index, prefetch).await?;
         }
-        Command::Create { name, image } => image::create(context, name, image).await?,
+        Command::Create { name, image, quota } => image::create(context, name, image, quota).await?,
         Command::Ls => image::list(context).await?,
         Command::Show { name } => image::show(context, &name).await?,
         Command::Rm { names } => image::remove(context, &names).await?,
@@ -105,6 +107,7 @@ async fn asynchronous(context: &Context, command: Command) -> anyhow::Result<Exi
         Command::Run(_)
         | Command::Mount(_)
         | Command::Seed { .. }
+        | Command::Quota { .. }
         | Command::Bench(_)
         | Command::Serve(_)
         | Command::Copy(_)

@@ -19,6 +19,7 @@ pub(crate) fn init(context: &Context, options: Init) -> anyhow::Result<()> {
             local_size: options.local_size.0,
             local_device: options.local_device,
             cache_limit: options.cache_size.0,
+            quota: options.quota.into(),
         },
     )?;
     output::print(context.json, &made, |made| {
@@ -108,6 +109,7 @@ fn describe(status: &Status) -> String {
             size(cache.fetched_bytes),
             cache.bad_blocks
         );
+        let _ = writeln!(text, "quota      {}", status.quota.as_deref().unwrap_or("-"));
         let _ = writeln!(text, "images     {}", status.images.len());
         let _ = writeln!(text, "containers {}", status.containers.len());
         let wrong: Vec<String> = status

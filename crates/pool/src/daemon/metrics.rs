@@ -62,6 +62,22 @@ pub(super) fn text(status: &Status) -> Result<String, std::fmt::Error> {
         "container",
         &written,
     );
+    let limits = status.containers.iter().filter_map(|c| Some((c.name.clone(), c.limit_bytes?))).collect();
+    labelled_gauge(
+        &mut registry,
+        "container_limit_bytes",
+        "Most bytes that a container may write",
+        "container",
+        &limits,
+    );
+    let metadata = status.images.iter().filter_map(|i| Some((i.name.clone(), i.metadata_bytes?))).collect();
+    labelled_gauge(
+        &mut registry,
+        "image_metadata_bytes",
+        "Bytes of an image's tree blocks on the local device",
+        "image",
+        &metadata,
+    );
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)

@@ -52,6 +52,8 @@ pub(crate) struct Pool {
     reserved: Mutex<HashSet<String>>,
     /// Held while a container is made or a name removed: no image goes while it gets a container.
     changing: Mutex<()>,
+    /// When groups of deleted subvolumes were removed.
+    tidied: Mutex<Option<Instant>>,
     started: Instant,
     stop: Notify,
     _lock: File,
@@ -133,6 +135,7 @@ impl Pool {
             catalog: OnceLock::new(),
             reserved: Mutex::default(),
             changing: Mutex::default(),
+            tidied: Mutex::default(),
             started,
             stop: Notify::new(),
             state,
@@ -173,6 +176,7 @@ impl Pool {
                 tracing::warn!("removed {removed}");
             }
             let _ = self.catalog.set(catalog);
+            self.tidy_groups();
         }
         Ok(())
     }

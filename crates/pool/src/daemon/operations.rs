@@ -1,11 +1,14 @@
 //! What a pool that is up can be asked to do, one method for each request of the control socket.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use loam_space::ContentId;
 
 use super::{Pool, lock_of};
+use crate::accounts::Accounts;
 use crate::catalog::{ContainerRecord, ImageRecord, Kind};
 use crate::config::Purpose;
 use crate::content::{ContentSpec, place};
@@ -15,7 +18,11 @@ use crate::protocol::{
     AddRangeRequest, AddRequest, Added, CacheStatus, Checked, ContainerStatus, CreateRequest, DaemonStatus,
     Evicted, Listing, PinRequest, Pinned, RangeStatus, Ranges, Shown, Status, Trace, VirtualStatus,
 };
+use crate::quota;
 use crate::{check, containers, images, pins};
+
+/// Quota groups of deleted subvolumes are looked for at most this often.
+const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 impl Pool {
     /// Everything that `loam status` shows.
@@ -30,6 +37,11 @@ impl Pool {
             self.list()?
         } else {
             Listing { images: vec![], containers: vec![] }
+        };
+        let quota = match quota::mode(self.mount())? {
+            Some(quota::Mode::Simple) => "simple",
+            Some(quota::Mode::Full) => "full",
+            None => "off",
         };
         let requests = BTreeMap::from([
             ("local".to_owned(), served.hits),
@@ -63,6 +75,7 @@ impl Pool {
                 fetched_bytes: cache.fetched_bytes,
                 bad_blocks: cache.bad_blocks,
             },
+            quota: Some(quota.to_owned()),
             images,
             containers,
             errors: self.error_counters(),
@@ -73,15 +86,16 @@ impl Pool {
     /// Images and containers.
     pub(crate) fn list(&self) -> Result<Listing> {
         let mut shown = Vec::new();
+        let accounts = Accounts::open(self.mount())?;
         for name in self.catalog()?.names(Kind::Image)? {
-            match images::status(self, &name) {
+            match images::status(self, &name, accounts.as_ref()) {
                 Ok(image) => shown.push(image),
                 Err(error) if self.catalog()?.taken(&name).is_some() => return Err(error),
                 // Removed meanwhile.
                 Err(_) => {}
             }
         }
-        Ok(Listing { images: shown, containers: containers::list(self.catalog()?)? })
+        Ok(Listing { images: shown, containers: containers::list(self.catalog()?, accounts.as_ref())? })
     }
 
     /// Adds an image.
@@ -104,24 +118,36 @@ impl Pool {
     /// Everything about one name.
     pub(crate) fn show(&self, name: &str) -> Result<Shown> {
         let catalog = self.catalog()?;
-        let (kind, image_name, written) = match catalog.taken(name) {
-            Some(Kind::Image) => (Kind::Image, name.to_owned(), None),
+        self.commit();
+        let accounts = Accounts::open(self.mount())?;
+        let accounts = accounts.as_ref();
+        let (kind, image_name, written, account) = match catalog.taken(name) {
+            Some(Kind::Image) => (Kind::Image, name.to_owned(), None, None),
             Some(Kind::Container) => {
-                let container = containers::status(catalog, name)?;
-                (Kind::Container, container.image, Some(container.written_bytes))
+                let (container, account) = containers::status(catalog, name, accounts)?;
+                (Kind::Container, container.image, Some(container.written_bytes), account)
             }
             None => return Err(Error::NotFound { kind: "image or container", name: name.to_owned() }),
         };
         let image: ImageRecord = catalog.read(Kind::Image, &image_name)?;
+        let path = catalog.subvolume(kind, name);
+        let at_limit =
+            accounts.zip(account).and_then(|(accounts, account)| accounts.at_limit(&account, &path));
+        let metadata_bytes = images::status(self, &image_name, accounts)?.metadata_bytes;
         Ok(Shown {
             kind: kind.name().to_owned(),
             name: name.to_owned(),
-            path: catalog.subvolume(kind, name),
+            path,
             image: (kind == Kind::Container).then_some(image_name),
             files: image.files,
             bytes: image.bytes,
             local_bytes: self.local_bytes(image.content)? + written.unwrap_or(0),
             written_bytes: written,
+            limit_bytes: account.and_then(|account| account.limit_bytes),
+            free_bytes: account.and_then(|account| account.free_bytes),
+            quota_group: account.map(|account| account.group.to_string()),
+            at_limit,
+            metadata_bytes,
             lazy: image.lazy,
             index: image.index,
             address: image.address,
@@ -130,12 +156,37 @@ impl Pool {
         })
     }
 
+    /// Has what was written counted. Of one name the numbers are to be exact; where nothing can be committed they are those
+    /// of the last time that it could.
+    fn commit(&self) {
+        let committed = File::open(self.mount()).map(loam_sys::btrfs::sync);
+        if !matches!(committed, Ok(Ok(()))) {
+            tracing::warn!("committing {}: {committed:?}", self.mount().display());
+        }
+    }
+
+    /// Removes the groups that deleted subvolumes have left, now and then: the kernel cleans up behind a deletion in its own
+    /// time, so those of this removal are for the next.
+    pub(super) fn tidy_groups(&self) {
+        let mut last = lock_of(&self.tidied);
+        if last.is_some_and(|last| last.elapsed() < TIDY_INTERVAL) {
+            return;
+        }
+        *last = Some(Instant::now());
+        match quota::remove_stale_later(self.mount()) {
+            Ok(0) => {}
+            Ok(count) => tracing::info!("{count} quota groups of deleted subvolumes removed"),
+            Err(error) => tracing::warn!("removing quota groups of deleted subvolumes: {error}"),
+        }
+    }
+
     /// Removes an image or container. An image's range stays in the map, because its data may have been cloned to
     /// elsewhere in the pool; its cached chunks go.
     pub(crate) async fn remove(self: &Arc<Self>, name: String) -> Result<()> {
         let pool = self.clone();
         let content = tokio::task::spawn_blocking(move || {
             let _alone = lock_of(&pool.changing);
+            pool.tidy_groups();
             match pool.catalog()?.taken(&name) {
                 Some(Kind::Image) => images::remove(pool.catalog()?, &name),
                 Some(Kind::Container) => pool.catalog()?.remove(Kind::Container, &name).map(|()| None),
@@ -264,6 +315,14 @@ impl Pool {
             .await
             .step(|| "checking".to_owned())??;
         check::contents(&self.contents, &self.map, read_data, &mut checked).await?;
+        let pool = self.clone();
+        let quotas = tokio::task::spawn_blocking(move || {
+            pool.commit();
+            let paths = [pool.directory.virtual_image(), pool.local_device()];
+            check::quotas(&paths, &mut checked);
+            checked
+        });
+        let checked = quotas.await.step(|| "checking quotas".to_owned())?;
         Ok(checked)
     }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::error::{Error, Result};
 use super::{
-    GroupId, about, assign, create_group, enabled, kernel, remove_group, status, subvolume, top_level,
+    GroupId, Mode, about, assign, create_group, enabled, kernel, remove_group, status, subvolume, top_level,
     unassign,
 };
 
@@ -169,8 +169,47 @@ pub fn contain(path: &Path, limit: Limit) -> Result<LimitOutcome> {
     self::limit(path, &Target::Group(group), limit, LimitKind::Referenced)
 }
 
+/// [`contain`] for a subvolume that was just made, in a few microseconds: nothing is charged to it that a commit would have
+/// to tell.
+///
+/// # Errors
+/// Simple quotas are not on; [`Error::GroupExists`].
+pub(crate) fn contain_new(path: &Path, limit: Limit) -> Result<GroupId> {
+    let limit = limit.bytes(0)?;
+    let (root, member) = subvolume(path)?;
+    let on = status(&root, path)?.ok_or_else(|| Error::Off(path.to_owned()))?;
+    if Mode::from(on.mode) != Mode::Simple {
+        return Err(Error::OtherMode { path: path.to_owned(), wanted: Mode::Simple, on: on.mode.into() });
+    }
+    let group = group_of(member);
+    create_group(path, group)?;
+    let contained = assign(path, member, group).and_then(|()| {
+        top_level::at_limit_too(path, &root, |root| quota::limit_group(root, group.raw(), Some(limit), None))
+    });
+    if let Err(error) = contained {
+        // Why it failed is what must be told.
+        let _ = unassign(path, member, group).and_then(|()| remove_group(path, group));
+        return Err(error);
+    }
+    Ok(group)
+}
+
+/// The group that a limit for the subvolume at `path` belongs to: its own `1/ID` where [`contain`] has made one, else `0/ID`.
+///
+/// # Errors
+/// Quotas are off; the path is no subvolume.
+pub fn group_at(path: &Path) -> Result<GroupId> {
+    let (root, member) = subvolume(path)?;
+    status(&root, path)?.ok_or_else(|| Error::Off(path.to_owned()))?;
+    let around = group_of(member);
+    let groups = kernel(path, quota::list_groups(&root))?;
+    let contained =
+        groups.iter().any(|group| group.id == member.raw() && group.parents.contains(&around.raw()));
+    Ok(if contained { around } else { member })
+}
+
 /// Undoes [`contain`] for the subvolume `id` of the filesystem at `path`: takes all members out of its group and removes
-/// that. Without such a group there is nothing to do. Before the subvolume is deleted or after.
+/// that. Without such a group, or with one that somebody made for other members, there is nothing to do. Before the subvolume is deleted or after.
 ///
 /// # Errors
 /// Mounted read-only.
@@ -184,14 +223,19 @@ pub fn release(path: &Path, id: u64) -> Result<()> {
     if !groups.iter().any(|other| other.id == group.raw()) {
         return Ok(());
     }
-    for member in groups.iter().filter(|other| other.parents.contains(&group.raw())) {
+    let members = || groups.iter().filter(|other| other.parents.contains(&group.raw()));
+    let outside = groups.iter().any(|other| other.id == id && !other.parents.contains(&group.raw()));
+    if outside && members().next().is_some() {
+        return Ok(());
+    }
+    for member in members() {
         unassign(path, GroupId::from_raw(member.id), group)?;
     }
     remove_group(path, group)
 }
 
 /// The group that a subvolume is contained by.
-pub(super) fn group_of(member: GroupId) -> GroupId {
+pub(crate) fn group_of(member: GroupId) -> GroupId {
     GroupId::from_raw(1 << 48 | member.number())
 }
 

@@ -112,6 +112,17 @@ pub fn usage(path: &Path, sync: bool) -> Result<Option<Usage>> {
     }))
 }
 
+/// How the filesystem that `path` lies in counts, since when, and all groups, without their names; `None` when it does not.
+///
+/// # Errors
+/// No btrfs.
+pub(crate) fn groups(path: &Path) -> Result<Option<(Mode, Option<u64>, Vec<Group>)>> {
+    let root = open(path)?;
+    let Some(status) = status(&root, path)? else { return Ok(None) };
+    let groups = kernel(path, quota::list_groups(&root))?;
+    Ok(Some((status.mode.into(), status.enable_generation, arrange(&groups, &BTreeMap::new()))))
+}
+
 fn arrange(groups: &[quota::Qgroup], names: &BTreeMap<u64, PathBuf>) -> Vec<Group> {
     let mut members: BTreeMap<u64, Vec<GroupId>> = BTreeMap::new();
     for group in groups {
