@@ -15,7 +15,7 @@ use crate::shell::{cargo, command, describe, is_root, output, release_binary, ru
 use crate::vm::{self, Version};
 use crate::{setup, test_vm};
 
-const BENCHES: [&str; 5] = ["start", "seed", "read", "nbd", "zero"];
+const BENCHES: [&str; 6] = ["start", "seed", "read", "nbd", "zero", "quota"];
 
 /// They only start servers and copiers.
 const NO_ROOT: [&str; 2] = ["nbd", "zero"];
@@ -61,6 +61,7 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
                 show_and_run(&mut loam)?;
                 show_and_run(loam.arg("--copy"))?;
             }
+            "quota" => quota(&binary, &out, &options)?,
             _ => show_and_run(&mut loam)?,
         }
         results.push(out);
@@ -68,6 +69,16 @@ pub(crate) fn run_task(arguments: &[String]) -> Result<()> {
     let mut report = Command::new(&binary);
     report.args(["bench", "report"]).args(&results).arg("--html").arg(directory.join("report.html"));
     show_and_run(&mut report)
+}
+
+/// The test, the curves and the lazy pool, into one file.
+fn quota(binary: &Path, out: &Path, options: &[&str]) -> Result<()> {
+    for part in [None, Some("--curves"), Some("--lazy")] {
+        let mut loam = Command::new(binary);
+        loam.args(["bench", "quota", "--out"]).arg(out).args(options).args(part);
+        show_and_run(&mut loam)?;
+    }
+    Ok(())
 }
 
 /// Cold start needs the image, its indexes and a server.

@@ -24,6 +24,8 @@ use measure::Samples;
 use plan::{Arrangement, Layout, Matrix, THREADS_MAX};
 
 pub(crate) use device::SeedDevice;
+pub(crate) use filesystem::{mount as mount_detached, uuid};
+pub(crate) use percentile::{median, percentile};
 pub(crate) use report::SECTION;
 
 /// `loam bench clone`.
@@ -123,7 +125,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// What kind of filesystem the local device's file lies on.
-fn filesystem_kind(directory: &Path) -> Result<String> {
+pub(crate) fn filesystem_kind(directory: &Path) -> Result<String> {
     let found =
         rustix::fs::statfs(directory).with_context(|| format!("cannot ask {}", directory.display()))?;
     // include/uapi/linux/magic.h

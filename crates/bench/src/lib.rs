@@ -10,6 +10,7 @@ mod cpu;
 mod nbd;
 mod process;
 mod quarters;
+mod quota;
 mod read;
 mod record;
 mod report;
@@ -44,6 +45,8 @@ enum Command {
     Nbd(nbd::Options),
     /// Copies of images with holes to servers that zero fast, slowly, or not at all.
     Zero(zero::Options),
+    /// What quotas cost writers and commits: none, full qgroups and simple quotas side by side.
+    Quota(quota::Options),
     /// Medians on the terminal, and one HTML file with charts.
     Report(report::Options),
     /// Formats once and says what it took; `seed` starts it to measure one process's memory.
@@ -100,6 +103,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Clone(options) => clone::run(&options),
         Command::Nbd(options) => nbd::run(&options),
         Command::Zero(options) => zero::run(&options),
+        Command::Quota(options) => quota::run(&options),
         Command::NbdLoad(options) => nbd::load::run(&options),
         Command::NbdEcho(options) => nbd::echo::run(&options),
         Command::Report(options) => report::run(&options),

@@ -117,7 +117,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// This process and its children may open so many files.
-fn allow_descriptors(count: u64) -> Result<()> {
+pub(crate) fn allow_descriptors(count: u64) -> Result<()> {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < count) {
         let maximum = limit.maximum.map(|maximum| maximum.max(count));

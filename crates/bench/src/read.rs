@@ -30,6 +30,7 @@ use rand::seq::SliceRandom;
 use crate::Common;
 use crate::record::{Case, Recorder, interrupted};
 use fio::Subject;
+pub(crate) use fio::{PERCENTILES, percentile_metric};
 use lab::Lab;
 use plan::{Lists, Plan, Preset};
 pub(crate) use report::SECTION;

@@ -161,9 +161,7 @@ impl Recorder {
         if self.has(case) {
             return Ok(());
         }
-        if interrupted() {
-            bail!("interrupted; the same command goes on from here");
-        }
+        stop_if_interrupted()?;
         let name = format!("{}, {}, {}, round {}", case.bench, case.setting, case.case, case.round);
         let metrics = measure().with_context(|| name.clone())?;
         let shown = metrics.iter().filter(|(name, _)| !is_of_a_curve(name));
@@ -225,6 +223,17 @@ fn is_of_a_curve(metric: &str) -> bool {
 /// Whether Ctrl-C or SIGTERM came: no further case begins.
 pub(crate) fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// For long cases, whose results would be of no use.
+///
+/// # Errors
+/// Ctrl-C or SIGTERM came.
+pub(crate) fn stop_if_interrupted() -> Result<()> {
+    if interrupted() {
+        bail!("interrupted; the same command goes on from here");
+    }
+    Ok(())
 }
 
 /// Reads all records of a file. A last line that was cut off is left out.

@@ -43,6 +43,7 @@ const SECTIONS: &[Section] = &[
     crate::nbd::LOAD_SECTION,
     crate::nbd::COPY_SECTION,
     crate::zero::SECTION,
+    crate::quota::SECTION,
     generic::SECTION,
 ];
 

@@ -158,7 +158,7 @@ impl Drop for Filesystem {
 }
 
 /// Mounts the filesystem on `device`, and on `seed` if it is a pair, on no directory.
-pub(super) fn mount(device: &Path, seed: Option<&Path>, options: &[&str]) -> Result<OwnedFd> {
+pub(crate) fn mount(device: &Path, seed: Option<&Path>, options: &[&str]) -> Result<OwnedFd> {
     let context = FsContext::open("btrfs")?;
     context.set("source", device)?;
     if let Some(seed) = seed {
@@ -196,7 +196,7 @@ fn identity() -> [u8; 32] {
 }
 
 /// As sysfs writes it.
-fn uuid(bytes: [u8; 16]) -> String {
+pub(crate) fn uuid(bytes: [u8; 16]) -> String {
     let mut text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     for position in [20, 16, 12, 8] {
         text.insert(position, '-');

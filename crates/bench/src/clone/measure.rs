@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use loam_block::PatternDevice;
 use loam_sys::btrfs::{self, InodeFlags};
 use rand::rngs::StdRng;
@@ -19,7 +19,7 @@ use super::filesystem::{Filesystem, Place};
 use super::percentile::{median, percentile};
 use super::plan::{CLONE_BYTES, Layout, Part, Point};
 use super::workers::{self, Tools, Work};
-use crate::record::{Metrics, interrupted};
+use crate::record::{Metrics, stop_if_interrupted};
 
 /// Bytes of one overwrite and of one read.
 const BLOCK: u64 = 4096;
@@ -309,13 +309,6 @@ fn insert_percentiles(name: &str, mut times: Vec<Duration>, metrics: &mut Metric
         metrics.insert(format!("{name}_{label}_us"), microseconds(percentile(&times, rank)));
     }
     metrics.insert(format!("{name}_max_us"), microseconds(percentile(&times, 100.0)));
-}
-
-fn stop_if_interrupted() -> Result<()> {
-    if interrupted() {
-        bail!("interrupted; the same command goes on from here");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 /// The smallest of the sorted `times` that at least `rank` per cent of them do not exceed; zero of none.
-pub(super) fn percentile(times: &[Duration], rank: f64) -> Duration {
+pub(crate) fn percentile(times: &[Duration], rank: f64) -> Duration {
     let index = (times.len() as f64 * rank / 100.0).ceil() as usize;
     times.get(index.clamp(1, times.len().max(1)) - 1).copied().unwrap_or_default()
 }
 
 /// The middle of the sorted `times`.
-pub(super) fn median(times: &[Duration]) -> Duration {
+pub(crate) fn median(times: &[Duration]) -> Duration {
     percentile(times, 50.0)
 }
 
