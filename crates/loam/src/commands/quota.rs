@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use loam_pool::quota::{
-    self, ExplainOptions, Explanation, Group, GroupId, LimitKind, LimitOutcome, Mode, Report, Shown,
-    Source, Target,
+    self, ExplainOptions, Explanation, Group, GroupId, LimitKind, LimitOutcome, Mode, Report, Shown, Source,
+    Target,
 };
 use serde::Serialize;
 
@@ -214,7 +214,7 @@ fn name(group: &Group) -> String {
     match &group.path {
         Some(path) if group.level == 0 => Path::new("/").join(path).display().to_string(),
         Some(path) => format!("around {}", Path::new("/").join(path).display()),
-        None if group.deleted => "(deleted: others still have what it wrote)".to_owned(),
+        None if group.deleted => "(deleted: not cleaned up yet, or others have what it wrote)".to_owned(),
         None => String::new(),
     }
 }
