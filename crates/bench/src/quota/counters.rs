@@ -24,8 +24,32 @@ pub(super) struct Sysfs(PathBuf);
 pub(super) struct Look {
     commits: f64,
     commit_ms: f64,
-    commit_max_ms: f64,
+    /// Of the last one.
+    last_ms: f64,
     system_seconds: f64,
+}
+
+/// The longest commit of those that were seen. The kernel's own `max_commit_ms` goes back to the mount, and not everybody
+/// may reset it.
+#[derive(Debug, Default)]
+pub(super) struct Longest {
+    commits: f64,
+    milliseconds: f64,
+}
+
+impl Longest {
+    /// Of commits from here on.
+    pub(super) fn from(look: &Look) -> Self {
+        Longest { commits: look.commits, milliseconds: 0.0 }
+    }
+
+    /// To be told often: of two commits since the last time the first one is missed.
+    pub(super) fn see(&mut self, look: &Look) {
+        if look.commits > self.commits {
+            self.milliseconds = self.milliseconds.max(look.last_ms);
+            self.commits = look.commits;
+        }
+    }
 }
 
 impl Sysfs {
@@ -37,12 +61,6 @@ impl Sysfs {
 
     fn commit_stats(&self) -> PathBuf {
         self.0.join("commit_stats")
-    }
-
-    /// The longest commit is that of the commits from now on.
-    pub(super) fn forget_longest_commit(&self) -> Result<()> {
-        let path = self.commit_stats();
-        fs::write(&path, "0").with_context(|| format!("cannot reset {}", path.display()))
     }
 
     pub(super) fn look(&self) -> Result<Look> {
@@ -72,12 +90,12 @@ impl Sysfs {
 
 impl Look {
     /// What went on since `before`.
-    pub(super) fn since(&self, before: &Look, metrics: &mut Metrics) {
+    pub(super) fn since(&self, before: &Look, longest: &Longest, metrics: &mut Metrics) {
         let commits = self.commits - before.commits;
         let total = self.commit_ms - before.commit_ms;
         metrics.insert("commits".into(), commits);
         metrics.insert("commit_mean_ms".into(), if commits > 0.0 { total / commits } else { 0.0 });
-        metrics.insert("commit_max_ms".into(), self.commit_max_ms);
+        metrics.insert("commit_max_ms".into(), longest.milliseconds);
         metrics.insert("commit_total_seconds".into(), total / 1e3);
         metrics.insert("system_cpu_seconds".into(), self.system_seconds - before.system_seconds);
     }
@@ -92,7 +110,7 @@ fn parse(text: &str) -> Option<Look> {
     Some(Look {
         commits: number("commits")?,
         commit_ms: number("total_commit_ms")?,
-        commit_max_ms: number("max_commit_ms")?,
+        last_ms: number("last_commit_ms")?,
         system_seconds: 0.0,
     })
 }
@@ -125,19 +143,22 @@ mod tests {
 
     #[test]
     fn differences_of_counters_are_metrics() {
-        let text = |commits: u32, total: u32| {
-            format!(
-                "commits {commits}\ncur_commit_ms 0\nlast_commit_ms 7\nmax_commit_ms 90\ntotal_commit_ms {total}\n"
-            )
+        let look = |commits: u32, last: u32, total: u32| {
+            let rest = format!("last_commit_ms {last}\nmax_commit_ms 900\ntotal_commit_ms {total}\n");
+            parse(&format!("commits {commits}\ncur_commit_ms 0\n{rest}")).unwrap()
         };
-        let before = parse(&text(2, 50)).unwrap();
+        let before = look(2, 90, 90);
+        let mut longest = Longest::from(&before);
+        for seen in [before, look(3, 50, 140), look(3, 50, 140), look(4, 20, 160)] {
+            longest.see(&seen);
+        }
         let mut metrics = Metrics::new();
-        parse(&text(6, 150)).unwrap().since(&before, &mut metrics);
+        look(4, 20, 160).since(&before, &longest, &mut metrics);
         assert_eq!(
             (metrics["commits"], metrics["commit_mean_ms"], metrics["commit_max_ms"]),
-            (4.0, 25.0, 90.0)
+            (2.0, 35.0, 50.0)
         );
-        before.since(&before, &mut metrics);
+        before.since(&before, &longest, &mut metrics);
         assert_eq!(metrics["commit_mean_ms"], 0.0);
         assert_eq!(parse("commits x\n"), None);
         assert_eq!(system_ticks("cpu  1 2 30 4 5 6 7 8\ncpu0 1\n"), Some(43.0));

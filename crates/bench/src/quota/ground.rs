@@ -14,6 +14,9 @@ use super::plain::Plain;
 use super::plan::{Mode, Point, Series};
 use crate::record::Metrics;
 
+/// An option of the mount: a commit each second, not each half minute, so that a run of seconds has several of them.
+pub(super) const COMMIT: &str = "commit=1";
+
 /// A filesystem that is ready to be written to.
 pub(super) trait Ground {
     /// Its top-level directory, or one of any subvolume.

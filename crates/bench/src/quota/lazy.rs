@@ -3,16 +3,17 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use loam_sys::btrfs;
 use serde_json::Value;
 
-use super::ground::{Ground, set_mode};
+use super::ground::{COMMIT, Ground, set_mode};
 use super::plan::{Point, Shape};
 use crate::clone::median;
-use crate::process::Sandbox;
+use crate::process::{Sandbox, timed};
 use crate::record::{Metrics, stop_if_interrupted};
 
 const IMAGE: &str = "shared";
@@ -38,6 +39,8 @@ impl Pool {
         sandbox.loam(["init", "--local-size", &size.to_string()])?;
         sandbox.up()?;
         sandbox.loam(["add", IMAGE, &format!("dir:{}", source.display())])?;
+        let mut remount = Command::new("mount");
+        timed(remount.arg("-o").arg(format!("remount,{COMMIT}")).arg(sandbox.path(MOUNT)))?;
         let root = File::open(sandbox.path(MOUNT))?;
         set_mode(&root, point.mode)?;
         btrfs::create_subvolume(&root, PROBED)?;

@@ -19,11 +19,13 @@ const OTHERS_SECONDS: u32 = 3600;
 /// How often its end is looked for.
 const POLL: Duration = Duration::from_millis(5);
 
-/// As the patch series' test has it: 4 KiB at random, each with fsync, one thread for each snapshot.
+/// As the patch series' test has it: 4 KiB at random, each with fsync, a writer for each snapshot. Two operations on a file
+/// before the next one: fio would write one and call fsync on another.
 fn job_file(victim: &Path, others: &[PathBuf], writes: u32) -> String {
     let percentiles = PERCENTILES.map(|percentile| percentile.to_string()).join(":");
     let mut text = format!(
         "[global]\nrw=randwrite\nioengine=psync\nbs={BLOCK}\nfsync=1\noverwrite=1\nnorandommap=1\n\
+         file_service_type=roundrobin:2\n\
          percentile_list={percentiles}\n[{MEASURED}]\nopendir={}\nnumber_ios={writes}\nexitall=1\n",
         victim.display()
     );
@@ -68,9 +70,10 @@ impl Load {
         Ok(self.child.try_wait()?.is_some())
     }
 
-    /// Waits for its end: what the measured writer did, and how many `all_writes` there were.
-    pub(super) fn finish(mut self) -> Result<Metrics> {
+    /// Waits for its end, calling `each` now and then: what the measured writer did, and how many `all_writes` there were.
+    pub(super) fn finish(mut self, mut each: impl FnMut() -> Result<()>) -> Result<Metrics> {
         while !self.has_ended()? {
+            each()?;
             std::thread::sleep(POLL);
         }
         let status = self.child.wait()?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use loam_sys::btrfs;
 
-use super::counters::{Sysfs, block_groups};
+use super::counters::{Longest, Sysfs, block_groups};
 use super::ground::Ground;
 use super::load::Load;
 use super::plan::Shape;
@@ -30,13 +30,22 @@ pub(super) fn measure(ground: &mut dyn Ground, shape: &Shape) -> Result<Metrics>
         }
         std::thread::sleep(POLL);
     }
-    sysfs.forget_longest_commit()?;
     let before = sysfs.look()?;
+    let mut longest = Longest::from(&before);
     let probe = Probe::start(&ground.probed());
-    let (loaded, after, probed) = (load.finish(), sysfs.look(), probe.finish());
+    let (loaded, after, probed) = (
+        load.finish(|| {
+            longest.see(&sysfs.look()?);
+            Ok(())
+        }),
+        sysfs.look(),
+        probe.finish(),
+    );
     let mut metrics = loaded?;
     metrics.extend(probed?);
-    after?.since(&before, &mut metrics);
+    let after = after?;
+    longest.see(&after);
+    after.since(&before, &longest, &mut metrics);
     let all = metrics.get("all_writes").copied().unwrap_or_default();
     ensure!(all > 0.0, "fio wrote nothing");
     for (name, of) in

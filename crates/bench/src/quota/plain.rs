@@ -11,7 +11,7 @@ use loam_attach::{FileAttachment, FileOptions};
 use loam_sys::btrfs;
 use rustix::fs::{FallocateFlags, Mode as Permissions, OFlags};
 
-use super::ground::{Ground, set_mode};
+use super::ground::{COMMIT, Ground, set_mode};
 use super::plan::{BLOCK, Point, Shape};
 use crate::clone::{median, mount_detached};
 use crate::process::{Sandbox, timed};
@@ -59,7 +59,7 @@ impl Plain {
 
     fn mount(&mut self) -> Result<Duration> {
         let started = Instant::now();
-        self.mount = Some(mount_detached(&self.device.device_path(), None, &[])?);
+        self.mount = Some(mount_detached(&self.device.device_path(), None, &[COMMIT])?);
         Ok(started.elapsed())
     }
 
