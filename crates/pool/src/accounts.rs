@@ -45,12 +45,14 @@ pub(crate) struct Account {
 impl Accounts {
     /// The accounts of the pool that is mounted there; `None` unless simple quotas are on.
     pub(crate) fn open(mount: &Path) -> Result<Option<Self>> {
-        let Some((Mode::Simple, enable_generation, groups)) = quota::groups(mount)? else { return Ok(None) };
+        let Some(shown) = quota::unnamed(mount)?.filter(|shown| shown.mode == Mode::Simple) else {
+            return Ok(None);
+        };
         let what = || format!("reading the quotas of {}", mount.display());
         let info = btrfs::filesystem_info(File::open(mount).step(what)?).step(what)?;
         let live = PathBuf::from(format!("/sys/fs/btrfs/{}/qgroups", uuid::Uuid::from_bytes(info.fsid)));
-        let enable_generation = enable_generation.unwrap_or(0);
-        Ok(Some(Accounts { mount: mount.to_owned(), groups, enable_generation, live }))
+        let enable_generation = shown.enable_generation.unwrap_or(0);
+        Ok(Some(Accounts { mount: mount.to_owned(), groups: shown.groups, enable_generation, live }))
     }
 
     /// What was written before this transaction is charged to nobody.

@@ -28,7 +28,7 @@ pub use live::{Source, explain, verify};
 pub use loam_seed::quota::{
     ExplainOptions, Explanation, GroupId, LargeExtent, Mode as TreeMode, Reference, Report, Standing,
 };
-pub(crate) use show::groups;
+pub(crate) use show::unnamed;
 pub use show::{Group, ROWS_MAX, Row, Shown, Usage, show, usage};
 
 /// `statfs`'s number of btrfs (BTRFS_SUPER_MAGIC).

@@ -83,14 +83,7 @@ pub fn show(path: &Path, sync: bool) -> Result<Shown> {
     let status = status(&root, path)?.ok_or_else(|| Error::Off(path.to_owned()))?;
     let names = kernel(path, quota::subvolume_paths(&root))?;
     let groups = kernel(path, quota::list_groups(&root))?;
-    Ok(Shown {
-        path: path.to_owned(),
-        mode: status.mode.into(),
-        enable_generation: status.enable_generation,
-        inconsistent: status.inconsistent,
-        rescanning: status.rescanning,
-        groups: arrange(&groups, &names),
-    })
+    Ok(Shown::new(path, status, arrange(&groups, &names)))
 }
 
 /// The group of the subvolume at `path`; `None` when quotas are off.
@@ -112,15 +105,15 @@ pub fn usage(path: &Path, sync: bool) -> Result<Option<Usage>> {
     }))
 }
 
-/// How the filesystem that `path` lies in counts, since when, and all groups, without their names; `None` when it does not.
+/// As [`show`] without the groups' names, which cost the most; `None` when quotas are off.
 ///
 /// # Errors
 /// No btrfs.
-pub(crate) fn groups(path: &Path) -> Result<Option<(Mode, Option<u64>, Vec<Group>)>> {
+pub(crate) fn unnamed(path: &Path) -> Result<Option<Shown>> {
     let root = open(path)?;
     let Some(status) = status(&root, path)? else { return Ok(None) };
     let groups = kernel(path, quota::list_groups(&root))?;
-    Ok(Some((status.mode.into(), status.enable_generation, arrange(&groups, &BTreeMap::new()))))
+    Ok(Some(Shown::new(path, status, arrange(&groups, &BTreeMap::new()))))
 }
 
 fn arrange(groups: &[quota::Qgroup], names: &BTreeMap<u64, PathBuf>) -> Vec<Group> {
@@ -163,6 +156,17 @@ fn arrange(groups: &[quota::Qgroup], names: &BTreeMap<u64, PathBuf>) -> Vec<Grou
 }
 
 impl Shown {
+    fn new(path: &Path, status: quota::QuotaStatus, groups: Vec<Group>) -> Self {
+        Shown {
+            path: path.to_owned(),
+            mode: status.mode.into(),
+            enable_generation: status.enable_generation,
+            inconsistent: status.inconsistent,
+            rescanning: status.rescanning,
+            groups,
+        }
+    }
+
     /// A group.
     pub fn group(&self, group: GroupId) -> Option<&Group> {
         let index = self.groups.binary_search_by_key(&group, |found| found.group).ok()?;
