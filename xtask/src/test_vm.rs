@@ -21,6 +21,9 @@ const TRANSPORTS: [&str; 2] = ["ublk", "loop"];
 /// The guest's part. A run of no tests fails; with filters, it is enough that one transport has some.
 const SCRIPT: &str = r#"
 export LOAM_BIN=/share/loam RUST_BACKTRACE=1 NEXTEST_HIDE_PROGRESS_BAR=1
+if [ -x /share/btrfs ]; then export LOAM_BTRFS=/share/btrfs; fi
+# Random histories of quotas: a third of the host's.
+export LOAM_QUOTA_STEPS=45
 total=4
 for transport in $TRANSPORTS; do
     echo "vm: Linux $(uname -r), $transport" >&2
@@ -75,6 +78,13 @@ fn stage(started: Instant) -> Result<PathBuf> {
     }
     strip(&binary()?, &share.join("loam"))?;
     strip(&nextest()?, &share.join("cargo-nextest"))?;
+    // A btrfs-progs that the tests took for themselves, because the machine's own, and so the guest's, is too old.
+    let unpacked = target().join("tmp/btrfs-progs");
+    for btrfs in ["bin/btrfs", "usr/bin/btrfs"].map(|path| unpacked.join(path)) {
+        if btrfs.is_file() {
+            strip(&btrfs, &share.join("btrfs"))?;
+        }
+    }
     let metadata = output(&mut cargo(&["metadata", "--format-version", "1", "--offline"]))?;
     fs::write(share.join("cargo-metadata.json"), metadata)?;
     // The test programs wait for loam and for the kernel: as they are built for the host they are good enough.

@@ -55,7 +55,7 @@ pub(crate) struct Options {
     /// Snapshots that are written to at once [default: all; of curves and with --quick at most 8].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     writers: Option<u32>,
-    /// Writes of 4 KiB, each with fsync, of the writer that is measured [default: 250; of curves 200; with --quick 300].
+    /// Writes of 4 KiB, each with fsync, of the writer that is measured [default: 250; of curves and with --quick 300].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     writes: Option<u32>,
     /// Bytes of the filesystem, whose image is sparse.
@@ -82,7 +82,7 @@ impl Options {
             (true, false, false) => 2,
             (true, ..) => 1,
             (false, false, false) => 5,
-            (false, true, _) => 2,
+            (false, true, _) => 1,
             (false, _, true) => 3,
         };
         self.common.rounds.unwrap_or(default)
@@ -112,7 +112,7 @@ impl Options {
         let quick = self.common.quick;
         let steps: &[u32] = if quick { &[1, 10] } else { &[1, 10, 100, 1000] };
         let writers = |snapshots: u32| self.writers.unwrap_or(8).min(snapshots);
-        let writes = self.writes.unwrap_or(if quick { 300 } else { 200 });
+        let writes = self.writes.unwrap_or(300);
         let by_snapshots = steps.iter().map(|&snapshots| Shape {
             series: Series::Snapshots,
             files: self.files.unwrap_or(if quick { 50 } else { 200 }),

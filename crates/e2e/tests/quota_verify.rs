@@ -18,7 +18,8 @@ use quota_support::{Filesystem, Random, must};
 use rustix::fs::FallocateFlags;
 
 const MIB: u64 = 1 << 20;
-/// Steps of one history; `btrfs check` looks each so many steps, loam after every one.
+/// Steps of one history, unless `LOAM_QUOTA_STEPS` says otherwise; `btrfs check` looks each so many steps, loam after every
+/// one.
 const STEPS: u64 = 150;
 const CHECK_EACH: u64 = 15;
 
@@ -262,7 +263,8 @@ impl History {
 
 fn history(seed: u64, mkfs: &[&str]) {
     let mut history = History::new(seed, mkfs);
-    for step in 1..=STEPS {
+    let steps = std::env::var("LOAM_QUOTA_STEPS").map_or(STEPS, |text| text.parse().unwrap());
+    for step in 1..=steps {
         history.step();
         history.agree(step % CHECK_EACH == 0);
     }

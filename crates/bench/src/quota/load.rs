@@ -26,8 +26,9 @@ fn job_file(victim: &Path, others: &[PathBuf], writes: u32) -> String {
     let mut text = format!(
         "[global]\nrw=randwrite\nioengine=psync\nbs={BLOCK}\nfsync=1\noverwrite=1\nnorandommap=1\n\
          file_service_type=roundrobin:2\n\
-         percentile_list={percentiles}\n[{MEASURED}]\nopendir={}\nnumber_ios={writes}\nexitall=1\n",
-        victim.display()
+         percentile_list={percentiles}\n[{MEASURED}]\nopendir={}\nio_size={}\nexitall=1\n",
+        victim.display(),
+        u64::from(writes) * BLOCK
     );
     for (number, other) in others.iter().enumerate() {
         let _ = write!(
@@ -161,6 +162,6 @@ mod tests {
         let text = job_file(Path::new("/m/victim"), &["/m/o0".into(), "/m/o1".into()], 7);
         assert_eq!(text.matches("exitall=1").count(), 1);
         assert_eq!(text.matches("time_based=1").count(), 2);
-        assert!(text.contains("[measured]\nopendir=/m/victim\nnumber_ios=7\n"), "{text}");
+        assert!(text.contains("[measured]\nopendir=/m/victim\nio_size=28672\n"), "{text}");
     }
 }

@@ -33,16 +33,16 @@ pub(super) fn measure(ground: &mut dyn Ground, shape: &Shape) -> Result<Metrics>
     let before = sysfs.look()?;
     let mut longest = Longest::from(&before);
     let probe = Probe::start(&ground.probed());
-    let (loaded, after, probed) = (
-        load.finish(|| {
-            longest.see(&sysfs.look()?);
-            Ok(())
-        }),
-        sysfs.look(),
-        probe.finish(),
-    );
+    let loaded = load.finish(|| {
+        longest.see(&sysfs.look()?);
+        Ok(())
+    });
+    // Ends what was written since the last commit, or a run with one commit less would seem to have cost less.
+    let synced = btrfs::sync(&root);
+    let (after, probed) = (sysfs.look(), probe.finish());
     let mut metrics = loaded?;
     metrics.extend(probed?);
+    synced?;
     let after = after?;
     longest.see(&after);
     after.since(&before, &longest, &mut metrics);
@@ -55,7 +55,6 @@ pub(super) fn measure(ground: &mut dyn Ground, shape: &Shape) -> Result<Metrics>
         metrics.insert(name.into(), seconds * 1e6 / all);
     }
     metrics.insert("snapshot_seconds".into(), ground.snapshot_time().as_secs_f64());
-    btrfs::sync(&root)?;
     metrics.insert("block_groups".into(), block_groups(&root)? as f64);
     drop(root);
     ground.end(&mut metrics)?;
