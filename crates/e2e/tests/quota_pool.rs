@@ -177,6 +177,15 @@ fn subvolumes_made_in_a_container_are_under_its_quota_and_go_with_it() {
     // The kernel wants room in a subvolume to delete what was made in it; there is none.
     loam.run(["rm", "web"]).ok();
     assert!(!web.exists() && !has_group(&loam, &group));
+    // Nor under a limit of its own that was set by hand, and is below what it uses.
+    let plain = PathBuf::from(loam.run(["create", "plain", "debian"]).ok());
+    tarball::must(Command::new("btrfs").args(["subvolume", "create"]).arg(plain.join("inner")));
+    loam.run(["quota", "limit", &plain.display().to_string(), "1"]).ok();
+    let refused =
+        Command::new("btrfs").args(["subvolume", "delete"]).arg(plain.join("inner")).output().unwrap();
+    println!("deleting in a full subvolume: {}", String::from_utf8_lossy(&refused.stderr).trim());
+    loam.run(["rm", "plain"]).ok();
+    assert!(!plain.exists());
     loam.run(["check"]).ok();
 }
 
@@ -232,7 +241,6 @@ fn an_add_that_a_quota_stops_leaves_nothing_behind() {
     let building = fs::read_dir(loam.mount().join(".loam/building")).unwrap().count();
     assert_eq!(building, 0, "nothing is left");
     assert_eq!(loam.run(["ls", "--json"]).json()["images"].as_array().unwrap().len(), 0);
-    tarball::must(Command::new("btrfs").args(["subvolume", "sync", &mount]));
     loam.run(["check"]).ok();
     loam.run(["quota", "limit", &mount, "none", "--group", "1/100"]).ok();
     loam.run(["add", "many", &source]).ok();

@@ -315,38 +315,34 @@ pub(crate) fn remove_subvolume(path: &Path) -> Result<()> {
     if let Err(error) = quota::release(parent, doomed[0]) {
         tracing::warn!("releasing the quota of {}: {error}", path.display());
     }
-    let parent = File::open(parent).step(what)?;
+    let directory = File::open(parent).step(what)?;
     let mut next = 0;
     while let Some(&id) = doomed.get(next) {
         doomed.extend(nested(&root, id).step(what)?);
         next += 1;
     }
     for &id in doomed[1..].iter().rev() {
-        at_limit_too(path, || btrfs::delete_subvolume_by_id(&root, id)).step(what)?;
+        at_limit_too(parent, &doomed, || btrfs::delete_subvolume_by_id(&root, id)).step(what)?;
     }
     drop(root);
-    at_limit_too(path, || btrfs::delete_subvolume(&parent, name)).step(what)
+    at_limit_too(parent, &doomed, || btrfs::delete_subvolume(&directory, name)).step(what)
 }
 
-/// To delete a subvolume takes room under the quota of the one around it; where there is none, deleting its files, which
-/// takes none, makes some.
-fn at_limit_too(doomed: &Path, delete: impl Fn() -> loam_sys::Result<()>) -> loam_sys::Result<()> {
+/// To delete a subvolume takes room under the quota of the one around it; where there is none, those that are to go are
+/// taken out of all quotas.
+fn at_limit_too(
+    filesystem: &Path,
+    doomed: &[u64],
+    delete: impl Fn() -> loam_sys::Result<()>,
+) -> loam_sys::Result<()> {
     match delete() {
         Err(error) if error.errno() == Some(rustix::io::Errno::DQUOT.raw_os_error()) => {
-            empty(doomed);
-            File::open(doomed).map_or(Ok(()), btrfs::sync)?;
+            if let Err(error) = quota::abandon(filesystem, doomed) {
+                tracing::warn!("taking subvolumes that are to be deleted out of their quotas: {error}");
+            }
             delete()
         }
         result => result,
-    }
-}
-
-/// Deletes what can be deleted of a directory's contents.
-fn empty(directory: &Path) {
-    for path in children(directory).unwrap_or_default() {
-        if fs::remove_file(&path).is_err() {
-            let _ = fs::remove_dir_all(&path);
-        }
     }
 }
 

@@ -23,7 +23,7 @@ use serde::Serialize;
 
 pub use error::{Error, Result};
 pub use limit::{Limit, LimitKind, LimitOutcome, Target, contain, group_at, limit, release};
-pub(crate) use limit::{contain_new, group_of};
+pub(crate) use limit::{abandon, contain_new, group_of};
 pub use live::{Source, explain, verify};
 pub use loam_seed::quota::{
     ExplainOptions, Explanation, GroupId, LargeExtent, Mode as TreeMode, Reference, Report, Standing,

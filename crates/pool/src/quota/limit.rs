@@ -234,6 +234,25 @@ pub fn release(path: &Path, id: u64) -> Result<()> {
     remove_group(path, group)
 }
 
+/// Takes subvolumes that are about to be deleted out of all groups, and lifts their own limits.
+///
+/// # Errors
+/// Mounted read-only; the top level is at a limit itself.
+pub(crate) fn abandon(path: &Path, subvolumes: &[u64]) -> Result<()> {
+    let root = enabled(path)?;
+    let groups = kernel(path, quota::list_groups(&root))?;
+    for group in groups.iter().filter(|group| subvolumes.contains(&group.id)) {
+        for parent in &group.parents {
+            unassign(path, GroupId::from_raw(group.id), GroupId::from_raw(*parent))?;
+        }
+        if group.limits != quota::QgroupLimits::default() {
+            let lift = |root: &File| quota::limit_group(root, group.id, Some(None), Some(None));
+            top_level::at_limit_too(path, &root, lift)?;
+        }
+    }
+    Ok(())
+}
+
 /// The group that a subvolume is contained by.
 pub(crate) fn group_of(member: GroupId) -> GroupId {
     GroupId::from_raw(1 << 48 | member.number())
