@@ -162,6 +162,7 @@ mod tests {
         let text = job_file(Path::new("/m/victim"), &["/m/o0".into(), "/m/o1".into()], 7);
         assert_eq!(text.matches("exitall=1").count(), 1);
         assert_eq!(text.matches("time_based=1").count(), 2);
+        assert!(text.contains("fsync=1\n") && text.contains("roundrobin:2\n"), "{text}");
         assert!(text.contains("[measured]\nopendir=/m/victim\nio_size=28672\n"), "{text}");
     }
 }
