@@ -216,7 +216,8 @@ impl Recorder {
 /// Whether a metric is a point of a curve that a line of text has no room for: a percentile but for the median and the
 /// 99th.
 fn is_of_a_curve(metric: &str) -> bool {
-    let percentile = metric.strip_prefix('p').and_then(|rest| rest.strip_suffix("_us"));
+    let last = metric.strip_suffix("_us").and_then(|name| name.rsplit('_').next());
+    let percentile = last.and_then(|name| name.strip_prefix('p'));
     percentile.is_some_and(|number| number.parse::<f64>().is_ok() && number != "50" && number != "99")
 }
 
@@ -259,6 +260,16 @@ pub fn load(path: &Path) -> Result<Vec<Record>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_percentiles_two_are_shown() {
+        for (metric, hidden) in
+            [("p99.9_us", true), ("sync_p95_us", true), ("sync_p99_us", false), ("p50_us", false)]
+        {
+            assert_eq!(is_of_a_curve(metric), hidden, "{metric}");
+        }
+        assert!(!is_of_a_curve("commit_us_per_write") && !is_of_a_curve("rename_mean_us"));
+    }
 
     #[test]
     fn a_run_goes_on_where_it_was_even_after_a_torn_line() {
