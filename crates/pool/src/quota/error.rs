@@ -178,3 +178,18 @@ impl From<Error> for crate::Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No kernel that the tests run on is that old.
+    #[test]
+    fn an_old_kernel_is_told_of_full_qgroups_and_not_given_them() {
+        let error = Error::TooOld("/mnt".into());
+        assert!(error.to_string().contains("6.7"), "{error}");
+        assert!(error.hint().unwrap().contains("loam quota enable /mnt --full"), "{error}");
+        let error = crate::Error::from(error);
+        assert!(error.hint().unwrap().contains("slow down commits"), "{error}");
+    }
+}
