@@ -1,5 +1,5 @@
 //! Simple quotas, checked from the trees: what every group must be charged, against what the quota tree says
-//! ([`verify`]), and what a group is charged for and who keeps it alive ([`explain`]).
+//! ([`verify()`]), and what a group is charged for and who keeps it alive ([`explain()`]).
 //!
 //! Under simple quotas the kernel charges an extent once, to the subvolume that wrote it first, and gives the charge back
 //! when the extent goes, whoever was the last to use it (`btrfs_record_squota_delta` in `fs/btrfs/qgroup.c`). So what must
