@@ -98,6 +98,7 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
     if directory.exists() {
         return Err(Error::PoolExists(directory.root().to_owned()));
     }
+    let simple_quota = options.quota.is_on(options.layout)?;
     make_directories(directory)?;
     let (local, local_size) = match &options.local_device {
         Some(device) => (LocalDevice::Block(device.clone()), block_device_bytes(device)?),
@@ -115,7 +116,7 @@ pub fn init(directory: &PoolDirectory, options: &InitOptions) -> Result<Made> {
         cache_limit: options.cache_limit,
         mount_point: None,
         source: None,
-        simple_quota: options.quota.is_on(options.layout)?,
+        simple_quota,
     };
     format_filesystem(directory, &config, [0; 32], &[])?;
     make_map(directory, config.virtual_size)?;

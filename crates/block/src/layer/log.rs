@@ -228,8 +228,10 @@ mod tests {
 
     #[test]
     fn a_log_that_cannot_be_made_is_an_error() {
-        let layer: LayerSpec = "log,file=/nonexistent/log".parse().expect("a layer");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("missing/log");
+        let layer: LayerSpec = format!("log,file={}", path.display()).parse().expect("a layer");
         let error = layer.wrap(Arc::new(MemoryDevice::new(4096))).err().expect("no such directory");
-        assert!(error.to_string().contains("/nonexistent/log"));
+        assert!(error.to_string().contains("missing/log"));
     }
 }
